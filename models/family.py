@@ -1,0 +1,35 @@
+"""How a model family announces itself: an entry point in the group `paramserver.families`.
+
+This file imports no torch, so that a job is checked where torch is not installed. A user's own
+installed package announces its family in the same way and works like ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    `arguments` checks `model.args`; `data` checks everything under `data`. Both forbid unknown fields.
+    `task` is "module:function", imported only by workers; the function takes
+    (arguments, data, seed, device) and returns a models.task.Task.
+    `find_data` is "module:function", torch-free; it takes `data` and raises ValueError with a clear
+    message where the data is not on this machine.
+    """
+
+    name: str
+    arguments: type[BaseModel]
+    data: type[BaseModel]
+    task: str
+    find_data: str
+
+    def check(self, arguments: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[BaseModel, BaseModel]:
+        """Both checked; raises pydantic.ValidationError."""
+        return self.arguments.model_validate(arguments), self.data.model_validate(data)

@@ -1,0 +1,348 @@
+"""The job specification: a YAML file, checked once, frozen afterwards.
+
+Every default is on one line with its meaning. Whatever cannot work is refused here, with the field,
+what was found and what is allowed; whatever is known not to converge warns and names the mend.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from paramserver.encoding import EncodingError, encoding_names, make_encoding
+
+FAMILIES_GROUP = "paramserver.families"
+
+
+class JobError(ValueError):
+    """A job specification that is refused. The text has one line a problem: where, found, allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Model(_Section):
+    family: str  # an installed model family
+    args: dict[str, Any] = {}  # checked by the family's own schema
+
+
+class Cluster(_Section):
+    """What the job needs at least; it waits until so many are there."""
+
+    shards: Annotated[int, Field(ge=1, le=1024)] = 2
+    workers: Annotated[int, Field(ge=1, le=4096)] = 2
+
+
+class Consistency(_Section):
+    mode: Literal["async", "bounded", "sync"] = "async"
+    slack: Annotated[int, Field(ge=0)] | None = None  # bounded: worker steps ahead of the slowest
+    quorum: Annotated[int, Field(ge=1)] | None = None  # sync: pushes a round; absent: all workers
+    damping: Literal["none", "inverse", "sqrt"] = "none"  # lr by staleness s: 1, 1/(1+s), 1/sqrt(1+s)
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _planned(cls, mode: object) -> object:
+        if mode in ("elastic", "local"):
+            raise ValueError(f"{mode!r} is not supported yet; use 'async', 'bounded' or 'sync'")
+        return mode
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.mode == "bounded" and self.slack is None:
+            raise ValueError("mode 'bounded' needs slack: how many steps a worker may run ahead, for example 4")
+        if self.mode != "bounded" and self.slack is not None:
+            raise ValueError(f"slack belongs to mode 'bounded', found with mode {self.mode!r}")
+        if self.mode != "sync" and self.quorum is not None:
+            raise ValueError(f"quorum belongs to mode 'sync', found with mode {self.mode!r}")
+        return self
+
+
+def _known_encoding(name: str) -> str:
+    try:
+        make_encoding(name)
+    except EncodingError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+class PushSettings(_Section):
+    encoding: str = "fp32"  # of updates
+    tile: int = 64  # elements that share a scale
+    overlap: bool = True  # exchange one step's update while the next batch is computed
+    deadline_seconds: Annotated[float, Field(gt=0)] = 5.0  # then the same bytes are sent again
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        try:
+            make_encoding(self.encoding, self.tile)
+        except EncodingError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+class PullSettings(_Section):
+    encoding: str = "fp32"  # of weights: fp32 or bf16
+    fresh: bool = True  # the weights as they are now
+
+    @model_validator(mode="after")
+    def _supported(self) -> Self:
+        _known_encoding(self.encoding)
+        if self.encoding not in ("fp32", "bf16"):
+            raise ValueError(
+                f"pull encoding {self.encoding!r} needs published deltas, which are not supported yet; "
+                "use 'fp32' or 'bf16' (a low-resolution pull of fresh weights drifts)"
+            )
+        if not self.fresh:
+            raise ValueError("fresh: false needs published deltas, which are not supported yet; leave it out")
+        return self
+
+
+class OptimizerSettings(_Section):
+    name: Literal["sgd", "momentum", "nesterov", "adagrad", "adam", "rmsprop"] = "adagrad"
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    clip: Annotated[float, Field(gt=0)] | None = 1.0  # global norm, on the worker
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # momentum, nesterov
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)  # adam
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # rmsprop: of the mean square
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8  # adagrad, adam, rmsprop
+    initial_accumulator: Annotated[float, Field(ge=0)] = 0.0  # adagrad
+    where: Literal["server", "worker"] = "server"
+
+    @field_validator("where")
+    @classmethod
+    def _server_only(cls, where: str) -> str:
+        if where == "worker":
+            raise ValueError("'worker' is not supported yet; use 'server'")
+        return where
+
+
+class Durability(_Section):
+    log: Literal["none", "journal", "journal+fsync"] = "none"
+    backups: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _none_yet(self) -> Self:
+        if self.log != "none" or self.backups:
+            raise ValueError("journal and backups are not supported yet; use {log: none, backups: 0}")
+        return self
+
+
+class Routing(_Section):
+    mode: Literal["random"] = "random"
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _planned(cls, mode: object) -> object:
+        if mode in ("hash", "affinity"):
+            raise ValueError(f"{mode!r} is not supported yet; use 'random'")
+        return mode
+
+
+class Stop(_Section):
+    epochs: Annotated[int, Field(ge=1)] = 1
+    steps: Annotated[int, Field(ge=1)] | None = None  # of all workers together: ends earlier than the epochs
+
+
+class Job(_Section):
+    """One training job. `data` is checked by the model family."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    model: Model
+    data: dict[str, Any] = {}
+    cluster: Cluster = Cluster()
+    consistency: Consistency = Consistency()
+    push: PushSettings = PushSettings()
+    pull: PullSettings = PullSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    durability: Durability = Durability()
+    routing: Routing = Routing()
+    stop: Stop = Stop()
+
+    @model_validator(mode="after")
+    def _cannot_deadlock(self) -> Self:
+        quorum = self.consistency.quorum
+        if quorum is not None and quorum > self.cluster.workers:
+            raise ValueError(
+                f"consistency.quorum {quorum} is more than cluster.workers {self.cluster.workers}: "
+                "a round could never fill; lower the quorum or ask for more workers"
+            )
+        return self
+
+    def warnings(self) -> list[str]:
+        """Settings that work but are known not to converge, each with its mend."""
+        found: list[str] = []
+        workers, optimizer = self.cluster.workers, self.optimizer
+        if optimizer.name in ("momentum", "nesterov") and workers > 2 and self.consistency.mode != "sync":
+            found.append(
+                f"optimizer.name {optimizer.name!r} on the server with {workers} asynchronous workers is known to "
+                "diverge beyond 2; use 'adagrad' or 'adam', or consistency {mode: sync}"
+            )
+        if optimizer.name == "sgd" and workers > 1 and self.consistency.mode == "async":
+            if self.consistency.damping == "none":
+                found.append(
+                    "plain 'sgd' with asynchronous workers loses accuracy with every worker; use 'adagrad' or "
+                    "'adam', or consistency.damping 'sqrt'"
+                )
+        elif self.consistency.damping != "none" and optimizer.name != "sgd":
+            found.append("consistency.damping helps 'sgd' only; with adaptive optimizers it slows learning")
+        if optimizer.clip is None and workers > 1:
+            found.append("optimizer.clip is off: stale gradients are safer clipped, for example clip: 1.0")
+        return found
+
+    def json_text(self) -> str:
+        """The resolved specification as one line of JSON; `parse_job` of it gives the same job."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
+
+
+# ------------------------------------------------------------------------------------ families
+
+
+class FamilyLike:
+    """What an entry point in `paramserver.families` must offer (models.family.Family does)."""
+
+    name: str
+    arguments: type[BaseModel]
+    data: type[BaseModel]
+    task: str
+    find_data: str
+
+
+@cache
+def families() -> dict[str, FamilyLike]:
+    """The installed model families by name; importing one imports no tensor library."""
+    return {point.name: cast(FamilyLike, point.load()) for point in entry_points(group=FAMILIES_GROUP)}
+
+
+def load_function(reference: str) -> Callable[..., Any]:
+    """The function that "module:function" names."""
+    module, _, name = reference.partition(":")
+    return cast(Callable[..., Any], getattr(importlib.import_module(module), name))
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def parse_job(content: object, source: str = "job") -> Job:
+    """Check a specification. Raises JobError with one line a problem, each naming source and field."""
+    if not isinstance(content, Mapping):
+        raise JobError(f"{source}: a job specification is a mapping of fields, found {_found(content)}")
+    try:
+        job = Job.model_validate(content)
+    except ValidationError as error:
+        raise JobError(_explain(error, source, Job)) from None
+    family = families().get(job.model.family)
+    if family is None:
+        known = ", ".join(sorted(families())) or "none installed"
+        raise JobError(
+            f"{source}: model.family: unknown family {job.model.family!r}"
+            f"{_nearest(job.model.family, families())} (known: {known})"
+        )
+    problems, checked = [], {}
+    for field, schema, given in (("model.args", family.arguments, job.model.args), ("data", family.data, job.data)):
+        try:
+            checked[field] = schema.model_validate(given).model_dump(mode="json")
+        except ValidationError as error:
+            problems.append(_explain(error, source, schema, field))
+    if problems:
+        raise JobError("\n".join(problems))
+    model = job.model.model_copy(update={"args": checked["model.args"]})
+    return job.model_copy(update={"model": model, "data": checked["data"]})
+
+
+def parse_job_text(text: str, source: str = "job") -> Job:
+    """The same from YAML or JSON text."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise JobError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
+    return parse_job(content, source)
+
+
+def load_job(path: Path) -> Job:
+    """The same from a file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise JobError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: not readable: {error}") from None
+    return parse_job_text(text, str(path))
+
+
+def check_data(job: Job) -> None:
+    """Raise JobError where the job's data is not on this machine."""
+    family = families()[job.model.family]
+    try:
+        load_function(family.find_data)(family.data.model_validate(job.data))
+    except ValueError as error:
+        raise JobError(f"data: {error}") from None
+
+
+def job_schema() -> dict[str, Any]:
+    """The JSON Schema of a job; model.args and data list what each installed family takes."""
+    schema = Job.model_json_schema()
+    schema["x-families"] = {
+        name: {"args": family.arguments.model_json_schema(), "data": family.data.model_json_schema()}
+        for name, family in sorted(families().items())
+    }
+    schema["x-encodings"] = encoding_names()
+    return schema
+
+
+# -------------------------------------------------------------------------------- explanations
+
+
+def _explain(error: ValidationError, source: str, schema: type[BaseModel], prefix: str = "") -> str:
+    lines = []
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        where = ".".join(([prefix] if prefix else []) + path) or "job"
+        match problem["type"]:
+            case "extra_forbidden":
+                fields = _fields_at(schema, path[:-1])
+                what = f"unknown field{_nearest(path[-1], fields)} (allowed: {', '.join(sorted(fields))})"
+            case "missing":
+                what = "missing; it must be given"
+            case "literal_error":
+                allowed = problem["ctx"]["expected"]
+                names = [name.strip("' ") for name in allowed.replace(" or ", ", ").split(",")]
+                what = f"found {_found(problem['input'])}{_nearest(str(problem['input']), names)} (allowed: {allowed})"
+            case "value_error":
+                what = problem["msg"].removeprefix("Value error, ")
+            case _:
+                what = f"found {_found(problem['input'])}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        lines.append(f"{source}: {where}: {what}")
+    return "\n".join(lines)
+
+
+def _fields_at(schema: type[BaseModel], path: Iterable[str]) -> list[str]:
+    """The fields allowed in the section at `path`."""
+    for part in path:
+        field = schema.model_fields.get(part)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        schema = inner
+    return list(schema.model_fields)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _found(value: object) -> str:
+    text = repr(value)
+    return f"{text[:60]}..." if len(text) > 64 else text

@@ -1,0 +1,419 @@
+"""Every message of the wire, one frozen class each, validated when it is made and when it is decoded.
+
+A message is a head (these fields) and raw frames (tensor bytes) that travel beside it; the docstring
+of each class says which frames it takes. Two planes share this file:
+
+* data:    worker <-> shard        Hello, Push, Pull, Tick, Initialise and their replies
+* control: process <-> coordinator Register, Heartbeat and their replies
+
+The control plane is *level triggered*: a heartbeat says what a process is and holds, its reply says
+what the process should be. A lost beat or a restarted coordinator costs one beat, never a state.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from msgspec import Meta, Struct
+
+from paramserver.protocol.layout import Layout
+
+PROTOCOL_VERSION = 1
+
+Name = Annotated[str, Meta(min_length=1, max_length=128)]
+Text = Annotated[str, Meta(max_length=4096)]
+Count = Annotated[int, Meta(ge=0, lt=2**62)]
+Edition = Annotated[int, Meta(ge=-1, lt=2**62)]  # -1: "I hold none"
+Seconds = Annotated[float, Meta(ge=0)]
+
+# Named refusals. A refusal changes nothing, is counted by its name, and goes back to the sender.
+RefusalCode = Literal[
+    "malformed",  # the bytes are no message, or its frames do not fit its head
+    "wrong-version",  # another protocol version
+    "wrong-job",  # the shard serves another job, or none
+    "wrong-layout",  # the fingerprint differs
+    "wrong-term",  # an older (or unknown) placement term
+    "unknown-block",  # the block is not placed on this shard
+    "unknown-encoding",  # an encoding that this job does not use
+    "wrong-size",  # a frame that does not fit the block under its encoding
+    "not-finite",  # a value or scale that is NaN or infinite
+    "out-of-order",  # a gap in the per-block sequence; `expected` says which one is next
+    "old-incarnation",  # a predecessor of the worker that now carries this name
+    "unknown-edition",  # computed on an edition that was never published
+    "not-initialised",  # the block has no value yet
+    "already-initialised",  # another value was pushed first
+    "unknown-worker",  # no Hello was heard from this peer
+    "unknown-session",  # the coordinator does not know this process: register again
+    "name-taken",  # a live process carries this name
+    "not-served",  # a message that this process never takes
+]
+
+
+class Message(Struct, frozen=True, array_like=True, kw_only=True, tag_field="type"):
+    """Base of everything that is sent."""
+
+
+# ---------------------------------------------------------------------------------- data plane
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """A worker introduces itself to a shard, before anything else and after every reconnection."""
+
+    version: Count = PROTOCOL_VERSION
+    worker: Name
+    incarnation: Count
+    job: Name
+    layout: Name  # fingerprint
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """The shard's answer to a Hello that it accepts. `term` is the placement term it serves."""
+
+    version: Count = PROTOCOL_VERSION
+    shard: Name
+    job: Name
+    term: Count
+
+
+class BlockUpdate(Struct, frozen=True, array_like=True):
+    """One encoded update of one block. Its frame is the one at the same position in the message."""
+
+    block: Count
+    sequence: Annotated[int, Meta(ge=1, lt=2**62)]  # per (worker, block), without gaps, from 1
+    edition: Count  # the edition of the block that it was computed on
+    encoding: Name  # for example "int8/64": name and tile
+
+
+class Want(Struct, frozen=True, array_like=True):
+    """`have` is the edition that the worker holds of the block, -1 for none."""
+
+    block: Count
+    have: Edition = -1
+
+
+class Push(Message, frozen=True, tag="push"):
+    """Updates from one worker; frames: one per update, in order. Resent with identical bytes until answered.
+
+    `wants` lets the pull that follows travel with the push; its answer is a Pulled of the same request.
+    """
+
+    request: Count
+    job: Name
+    term: Count
+    phase: Count = 0
+    worker: Name
+    incarnation: Count
+    step: Count  # the worker's clock: steps that it has finished, this one included
+    updates: tuple[BlockUpdate, ...]
+    wants: tuple[Want, ...] = ()
+
+
+class Acknowledged(Struct, frozen=True, array_like=True):
+    """The update is applied (or was already) and as durable as the job asked for."""
+
+    block: Count
+    sequence: Count
+    version: Count  # of the block afterwards
+    duplicate: bool = False
+
+
+class RefusedUpdate(Struct, frozen=True, array_like=True):
+    """The update changed nothing. `expected` is the next sequence for "out-of-order", else 0."""
+
+    block: Count
+    sequence: Count
+    code: RefusalCode
+    detail: Text
+    expected: Count = 0
+
+
+class Pushed(Message, frozen=True, tag="pushed"):
+    """The answer to a Push: each update is either acknowledged or refused by name."""
+
+    request: Count
+    acknowledged: tuple[Acknowledged, ...]
+    refused: tuple[RefusedUpdate, ...] = ()
+
+
+class Pull(Message, frozen=True, tag="pull"):
+    """Ask for what is new in these blocks. Idempotent; `step` is the worker's clock as in Push."""
+
+    request: Count
+    job: Name
+    term: Count
+    phase: Count = 0
+    worker: Name
+    incarnation: Count
+    step: Count
+    wants: tuple[Want, ...]
+
+
+class BlockValue(Struct, frozen=True, array_like=True):
+    """What a block's holder gets: nothing new (0 frames), a snapshot (1 frame) or deltas (n frames).
+
+    `edition` is the one that the holder has afterwards. With full-precision pulls of fresh weights
+    every version is an edition.
+    """
+
+    block: Count
+    edition: Count
+    kind: Literal["current", "snapshot", "deltas"]
+    encoding: Name = "fp32"
+    frames: Count = 0
+
+
+class Pulled(Message, frozen=True, tag="pulled"):
+    """The answer to a Pull, or to the wants of a Push; frames: each value's, one after another."""
+
+    request: Count
+    values: tuple[BlockValue, ...]
+
+
+class Tick(Message, frozen=True, tag="tick"):
+    """A worker's clock, sent to the shards that its push did not touch. Not answered."""
+
+    job: Name
+    worker: Name
+    incarnation: Count
+    step: Count
+
+
+class Initialise(Message, frozen=True, tag="initialise"):
+    """First values of blocks, float32; frames: one per block. Idempotent: the same bytes are accepted again."""
+
+    request: Count
+    job: Name
+    term: Count
+    layout: Name
+    blocks: tuple[Count, ...]
+
+
+class Initialised(Message, frozen=True, tag="initialised"):
+    request: Count
+
+
+class Refusal(Message, frozen=True, tag="refusal"):
+    """A whole message was refused; nothing changed. `request` is 0 where the message had none."""
+
+    request: Count = 0
+    code: RefusalCode
+    detail: Text
+
+
+# ------------------------------------------------------------------------------- control plane
+
+
+class Register(Message, frozen=True, tag="register"):
+    """A process joins, or joins again after the coordinator forgot it.
+
+    A process that joins again gives the incarnation that it already has and keeps it; a new one gives 0.
+    """
+
+    version: Count = PROTOCOL_VERSION
+    role: Literal["shard", "worker"]
+    name: Name
+    incarnation: Count = 0
+    address: Text = ""  # where a shard answers workers; empty for a worker
+    pid: Count = 0
+    host: Text = ""
+
+
+class Registered(Message, frozen=True, tag="registered"):
+    """`incarnation` grows with every process that carries this name."""
+
+    incarnation: Count
+    heartbeat_seconds: Seconds
+    session_seconds: Seconds
+
+
+class Lease(Struct, frozen=True, array_like=True):
+    """A right to a set of examples. `number` never repeats within a job, also not for a re-lease."""
+
+    number: Count
+    kind: Literal["initialise", "train", "evaluate", "export"]
+    epoch: Count = 0
+    phase: Count = 0
+    examples: tuple[Count, ...] = ()
+    split: str = "train"  # or "valid", "test"
+
+
+class LeaseDone(Struct, frozen=True, array_like=True):
+    """The result of a lease. Sums, so that results of several leases add up."""
+
+    number: Count
+    steps: Count = 0
+    elements: Count = 0  # predicted symbols; what loss_sum is divided by
+    loss_sum: float = 0.0  # nats
+    skipped_steps: Count = 0  # not finite, caught on the worker
+    metrics: dict[str, float] = {}
+
+
+class ShardAddress(Struct, frozen=True, array_like=True):
+    shard: Name
+    address: Text
+    blocks: tuple[Count, ...]
+
+
+class Member(Struct, frozen=True, array_like=True):
+    """A worker that counts for bounded and synchronous consistency: it holds a lease."""
+
+    worker: Name
+    incarnation: Count
+
+
+class ShardOrder(Struct, frozen=True, array_like=True, tag="shard-order"):
+    """What a shard should be: which blocks of which job it serves, for whom."""
+
+    job: Name
+    specification: str  # the resolved job specification as JSON
+    term: Count
+    phase: Count
+    layout: Layout
+    blocks: tuple[Count, ...]
+    members: tuple[Member, ...] = ()
+
+
+class WorkerOrder(Struct, frozen=True, array_like=True, tag="worker-order"):
+    """What a worker should be doing. `layout` and `placement` are empty until the job is placed.
+
+    `hold` is how many leases it may keep: it hands back the surplus that it has not begun.
+    """
+
+    job: Name
+    specification: str
+    stage: Literal["initialise", "train", "drain", "evaluate", "export"]
+    term: Count = 0
+    phase: Count = 0
+    layout: Layout | None = None
+    placement: tuple[ShardAddress, ...] = ()
+    grants: tuple[Lease, ...] = ()
+    hold: Count = 2**31
+
+
+class StalenessRow(Struct, frozen=True, array_like=True):
+    """Block updates applied for one worker and group. counts[i] is for staleness bucket i (see shard/staleness)."""
+
+    worker: Name
+    group: str
+    counts: tuple[Count, ...]
+    total: Count  # the sum of all stalenesses, for an exact mean
+
+
+class ShardReport(Struct, frozen=True, array_like=True, tag="shard-report"):
+    """A shard's counters since it took its job up; all grow."""
+
+    job: str = ""
+    term: Count = 0
+    blocks: Count = 0
+    initialised_blocks: Count = 0
+    elements: Count = 0
+    updates: Count = 0  # block updates applied
+    duplicates: Count = 0
+    pushes: Count = 0
+    pulls: Count = 0
+    refusals: dict[str, int] = {}
+    bytes_in: Count = 0  # message bytes, heads included
+    bytes_out: Count = 0
+    push_payload_bytes: Count = 0  # encoded updates that were applied ...
+    push_elements: Count = 0  # ... and the elements they stand for
+    pull_payload_bytes: Count = 0
+    pull_elements: Count = 0
+    staleness: tuple[StalenessRow, ...] = ()
+    waiting_seconds: Seconds = 0.0
+    working_seconds: Seconds = 0.0
+    parked_pulls: Count = 0  # held back by the consistency policy, now
+    pending_updates: Count = 0  # accumulated by `sync`, not yet applied, now
+    workers: tuple[str, ...] = ()
+    handshake_failures: Count = 0
+
+
+class WorkerReport(Struct, frozen=True, array_like=True, tag="worker-report"):
+    """A worker's counters since it took its job up, and the leases that it holds."""
+
+    job: str = ""
+    stage: str = "idle"  # what it is doing: idle, loading, or the stage of its order
+    layout: Layout | None = None  # declared with the initialise lease, until the job is placed
+    examples: dict[str, int] = {}  # split -> number of examples; declared with the layout
+    held: tuple[Count, ...] = ()
+    returned: tuple[Count, ...] = ()  # handed back, not begun
+    done: tuple[LeaseDone, ...] = ()  # repeated until confirmed
+    drained: bool = False  # residuals are flushed and acknowledged
+    failed: Text = ""  # a job failure that is nobody's crash: a clear message
+    steps: Count = 0
+    finished_examples: float = 0.0
+    elements: Count = 0
+    loss: float = 0.0  # of the last steps, nats an element (moving average)
+    skipped_steps: Count = 0
+    push_bytes: Count = 0
+    pull_bytes: Count = 0
+    retries: Count = 0
+    reconnections: Count = 0
+    refusals: dict[str, int] = {}
+    residual_norm: float = 0.0
+    in_flight: Count = 0
+    waiting_seconds: Seconds = 0.0
+    working_seconds: Seconds = 0.0
+    device: str = ""
+
+
+class Heartbeat(Message, frozen=True, tag="heartbeat"):
+    """I live, this is what I hold. `seen` is the number of the last order that arrived."""
+
+    name: Name
+    incarnation: Count
+    seen: Count
+    report: ShardReport | WorkerReport
+
+
+class Orders(Message, frozen=True, tag="orders"):
+    """The answer to a Heartbeat; also sent unasked when something changes.
+
+    `number` grows. A process without a job gets no order and drops what it holds of an older one.
+    `confirmed` are leases whose LeaseDone is recorded: the worker forgets them.
+    """
+
+    number: Count
+    order: ShardOrder | WorkerOrder | None = None
+    confirmed: tuple[Count, ...] = ()
+    shutdown: bool = False
+
+
+class ExportPart(Message, frozen=True, tag="export-part"):
+    """A piece of model.safetensors from the worker that holds the export lease; frames: one, its bytes."""
+
+    name: Name
+    incarnation: Count
+    job: Name
+    lease: Count
+    offset: Count
+    total: Count
+
+
+class ExportStored(Message, frozen=True, tag="export-stored"):
+    """So many bytes of the export are stored, from the start on."""
+
+    job: Name
+    lease: Count
+    stored: Count
+
+
+AnyMessage = (
+    Hello
+    | Welcome
+    | Push
+    | Pushed
+    | Pull
+    | Pulled
+    | Tick
+    | Initialise
+    | Initialised
+    | Refusal
+    | Register
+    | Registered
+    | Heartbeat
+    | Orders
+    | ExportPart
+    | ExportStored
+)
+
+MESSAGE_TYPES: tuple[type[Message], ...] = get_args(AnyMessage)

@@ -1,0 +1,123 @@
+"""The transport seam: what every other room knows of the network. No socket library is imported here.
+
+A *listener* is the bound side (shard, coordinator): it hears many peers and answers each by its `Peer`.
+A *channel* is the connected side (worker, and every process towards the coordinator): one remote.
+Both are used from one thread only, and neither blocks for longer than the timeout it is given.
+
+Buffers. Frames given to `send` are not copied when they are large: they may not change until the
+returned `Sending` is done. Frames that `receive` returns are read-only views that keep their memory
+alive; apply them and drop them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from paramserver.protocol.messages import Message
+
+Buffer = bytes | bytearray | memoryview
+Peer = bytes  # a listener's name for one connection; opaque, and new after a peer restarts
+
+MAX_MESSAGE_BYTES = 8 * 2**20  # heads and frames together; senders cut at about half of it
+ZERO_COPY_BYTES = 64 * 2**10  # from this size up a frame is sent without a copy
+
+
+class TransportError(Exception):
+    """Ours: an address that cannot be bound or connected to. The text says which, why and how to mend it."""
+
+
+class Sending(Protocol):
+    """Whether the transport has let go of the frames of one send."""
+
+    @property
+    def done(self) -> bool: ...
+
+
+class Sent:
+    """A send whose frames were copied: its buffers are free at once."""
+
+    done = True
+
+
+SENT = Sent()
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A well-formed message. `frames` are read-only views; `message_bytes` counts head and frames."""
+
+    peer: Peer
+    message: Message
+    frames: tuple[memoryview, ...]
+    message_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Bytes from a peer that are no message. The receiver counts them and answers with a Refusal."""
+
+    peer: Peer
+    reason: str
+    message_bytes: int
+
+
+class Listener(Protocol):
+    @property
+    def address(self) -> str:
+        """The bound address, with the port that was really taken."""
+        ...
+
+    @property
+    def handshake_failures(self) -> int:
+        """Connections that died in the transport's own handshake."""
+        ...
+
+    def send(self, peer: Peer, message: Message, frames: Sequence[Buffer] = ()) -> Sending:
+        """Queue a message for a peer. A peer that is gone, or whose queue is full, drops it: peers retry."""
+        ...
+
+    def receive(self, timeout_seconds: float) -> Received | Malformed | None:
+        """The next message, or None when the time is over."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Channel(Protocol):
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def reconnections(self) -> int: ...
+
+    def send(self, message: Message, frames: Sequence[Buffer] = ()) -> Sending:
+        """Queue a message for the remote; it waits in the queue while the remote is away."""
+        ...
+
+    def receive(self, timeout_seconds: float) -> Received | Malformed | None: ...
+
+    def reset(self) -> None:
+        """Drop the connection with everything queued in it and connect afresh, as a new Peer."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Transport(Protocol):
+    """Makes listeners and channels; one for each process (or, in memory, one for each simulated network)."""
+
+    def listen(self, address: str) -> Listener:
+        """Bind, for example "tcp://127.0.0.1:0". Raises TransportError (address in use, not an address)."""
+        ...
+
+    def connect(self, address: str) -> Channel:
+        """Connect to a listener; it need not be there yet. Raises TransportError when it is no address."""
+        ...
+
+    def wait(self, channels: Sequence[Channel], timeout_seconds: float) -> list[Channel]:
+        """The channels that have something to receive, waiting at most so long for the first."""
+        ...
+
+    def close(self) -> None: ...
