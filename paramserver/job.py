@@ -59,7 +59,9 @@ class Consistency(_Section):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.mode == "bounded" and self.slack is None:
-            raise ValueError("mode 'bounded' needs slack: how many steps a worker may run ahead, for example 4")
+            raise ValueError(
+                "mode 'bounded' needs slack: how many steps a worker may run ahead, for example 4"
+            )
         if self.mode != "bounded" and self.slack is not None:
             raise ValueError(f"slack belongs to mode 'bounded', found with mode {self.mode!r}")
         if self.mode != "sync" and self.quorum is not None:
@@ -112,7 +114,10 @@ class OptimizerSettings(_Section):
     lr: Annotated[float, Field(gt=0)] = 0.05
     clip: Annotated[float, Field(gt=0)] | None = 1.0  # global norm, on the worker
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # momentum, nesterov
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)  # adam
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )  # adam
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # rmsprop: of the mean square
     epsilon: Annotated[float, Field(gt=0)] = 1e-8  # adagrad, adam, rmsprop
     initial_accumulator: Annotated[float, Field(ge=0)] = 0.0  # adagrad
@@ -250,7 +255,10 @@ def parse_job(content: object, source: str = "job") -> Job:
             f"{_nearest(job.model.family, families())} (known: {known})"
         )
     problems, checked = [], {}
-    for field, schema, given in (("model.args", family.arguments, job.model.args), ("data", family.data, job.data)):
+    for field, schema, given in (
+        ("model.args", family.arguments, job.model.args),
+        ("data", family.data, job.data),
+    ):
         try:
             checked[field] = schema.model_validate(given).model_dump(mode="json")
         except ValidationError as error:

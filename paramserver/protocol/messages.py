@@ -56,7 +56,7 @@ class Message(Struct, frozen=True, array_like=True, kw_only=True, tag_field="typ
 # ---------------------------------------------------------------------------------- data plane
 
 
-class Hello(Message, frozen=True, tag="hello"):
+class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     """A worker introduces itself to a shard, before anything else and after every reconnection."""
 
     version: Count = PROTOCOL_VERSION
@@ -66,7 +66,7 @@ class Hello(Message, frozen=True, tag="hello"):
     layout: Name  # fingerprint
 
 
-class Welcome(Message, frozen=True, tag="welcome"):
+class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     """The shard's answer to a Hello that it accepts. `term` is the placement term it serves."""
 
     version: Count = PROTOCOL_VERSION
@@ -91,7 +91,7 @@ class Want(Struct, frozen=True, array_like=True):
     have: Edition = -1
 
 
-class Push(Message, frozen=True, tag="push"):
+class Push(Message, frozen=True, kw_only=True, tag="push"):
     """Updates from one worker; frames: one per update, in order. Resent with identical bytes until answered.
 
     `wants` lets the pull that follows travel with the push; its answer is a Pulled of the same request.
@@ -127,7 +127,7 @@ class RefusedUpdate(Struct, frozen=True, array_like=True):
     expected: Count = 0
 
 
-class Pushed(Message, frozen=True, tag="pushed"):
+class Pushed(Message, frozen=True, kw_only=True, tag="pushed"):
     """The answer to a Push: each update is either acknowledged or refused by name."""
 
     request: Count
@@ -135,7 +135,7 @@ class Pushed(Message, frozen=True, tag="pushed"):
     refused: tuple[RefusedUpdate, ...] = ()
 
 
-class Pull(Message, frozen=True, tag="pull"):
+class Pull(Message, frozen=True, kw_only=True, tag="pull"):
     """Ask for what is new in these blocks. Idempotent; `step` is the worker's clock as in Push."""
 
     request: Count
@@ -162,14 +162,14 @@ class BlockValue(Struct, frozen=True, array_like=True):
     frames: Count = 0
 
 
-class Pulled(Message, frozen=True, tag="pulled"):
+class Pulled(Message, frozen=True, kw_only=True, tag="pulled"):
     """The answer to a Pull, or to the wants of a Push; frames: each value's, one after another."""
 
     request: Count
     values: tuple[BlockValue, ...]
 
 
-class Tick(Message, frozen=True, tag="tick"):
+class Tick(Message, frozen=True, kw_only=True, tag="tick"):
     """A worker's clock, sent to the shards that its push did not touch. Not answered."""
 
     job: Name
@@ -178,7 +178,7 @@ class Tick(Message, frozen=True, tag="tick"):
     step: Count
 
 
-class Initialise(Message, frozen=True, tag="initialise"):
+class Initialise(Message, frozen=True, kw_only=True, tag="initialise"):
     """First values of blocks, float32; frames: one per block. Idempotent: the same bytes are accepted again."""
 
     request: Count
@@ -188,11 +188,11 @@ class Initialise(Message, frozen=True, tag="initialise"):
     blocks: tuple[Count, ...]
 
 
-class Initialised(Message, frozen=True, tag="initialised"):
+class Initialised(Message, frozen=True, kw_only=True, tag="initialised"):
     request: Count
 
 
-class Refusal(Message, frozen=True, tag="refusal"):
+class Refusal(Message, frozen=True, kw_only=True, tag="refusal"):
     """A whole message was refused; nothing changed. `request` is 0 where the message had none."""
 
     request: Count = 0
@@ -203,7 +203,7 @@ class Refusal(Message, frozen=True, tag="refusal"):
 # ------------------------------------------------------------------------------- control plane
 
 
-class Register(Message, frozen=True, tag="register"):
+class Register(Message, frozen=True, kw_only=True, tag="register"):
     """A process joins, or joins again after the coordinator forgot it.
 
     A process that joins again gives the incarnation that it already has and keeps it; a new one gives 0.
@@ -218,7 +218,7 @@ class Register(Message, frozen=True, tag="register"):
     host: Text = ""
 
 
-class Registered(Message, frozen=True, tag="registered"):
+class Registered(Message, frozen=True, kw_only=True, tag="registered"):
     """`incarnation` grows with every process that carries this name."""
 
     incarnation: Count
@@ -356,7 +356,7 @@ class WorkerReport(Struct, frozen=True, array_like=True, tag="worker-report"):
     device: str = ""
 
 
-class Heartbeat(Message, frozen=True, tag="heartbeat"):
+class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     """I live, this is what I hold. `seen` is the number of the last order that arrived."""
 
     name: Name
@@ -365,7 +365,7 @@ class Heartbeat(Message, frozen=True, tag="heartbeat"):
     report: ShardReport | WorkerReport
 
 
-class Orders(Message, frozen=True, tag="orders"):
+class Orders(Message, frozen=True, kw_only=True, tag="orders"):
     """The answer to a Heartbeat; also sent unasked when something changes.
 
     `number` grows. A process without a job gets no order and drops what it holds of an older one.
@@ -378,7 +378,7 @@ class Orders(Message, frozen=True, tag="orders"):
     shutdown: bool = False
 
 
-class ExportPart(Message, frozen=True, tag="export-part"):
+class ExportPart(Message, frozen=True, kw_only=True, tag="export-part"):
     """A piece of model.safetensors from the worker that holds the export lease; frames: one, its bytes."""
 
     name: Name
@@ -389,7 +389,7 @@ class ExportPart(Message, frozen=True, tag="export-part"):
     total: Count
 
 
-class ExportStored(Message, frozen=True, tag="export-stored"):
+class ExportStored(Message, frozen=True, kw_only=True, tag="export-stored"):
     """So many bytes of the export are stored, from the start on."""
 
     job: Name
