@@ -59,9 +59,7 @@ class Consistency(_Section):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.mode == "bounded" and self.slack is None:
-            raise ValueError(
-                "mode 'bounded' needs slack: how many steps a worker may run ahead, for example 4"
-            )
+            raise ValueError("mode 'bounded' needs slack: how many steps a worker may run ahead, for example 4")
         if self.mode != "bounded" and self.slack is not None:
             raise ValueError(f"slack belongs to mode 'bounded', found with mode {self.mode!r}")
         if self.mode != "sync" and self.quorum is not None:

@@ -96,9 +96,7 @@ def parse_encoding(identifier: str) -> Encoding:
     """The encoding that an identifier such as "int8/64" names. Raises EncodingError."""
     name, slash, tile = identifier.partition("/")
     if slash and not tile.isdecimal():
-        raise EncodingError(
-            "unknown-encoding", f"{identifier!r} is no encoding identifier, such as 'int8/64'"
-        )
+        raise EncodingError("unknown-encoding", f"{identifier!r} is no encoding identifier, such as 'int8/64'")
     encoding = make_encoding(name, int(tile) if slash else DEFAULT_TILE)
     if encoding.identifier != identifier:
         raise EncodingError("unknown-encoding", f"{identifier!r} should be written {encoding.identifier!r}")

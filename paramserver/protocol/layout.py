@@ -70,9 +70,7 @@ def cut_layout(parameters: Iterable[Parameter], block_elements: int = BLOCK_ELEM
     seen: set[str] = set()
     for parameter in parameters:
         if parameter.name in seen:
-            raise LayoutError(
-                f"parameter {parameter.name!r} is declared twice; give each tensor its own name"
-            )
+            raise LayoutError(f"parameter {parameter.name!r} is declared twice; give each tensor its own name")
         seen.add(parameter.name)
         if parameter.elements <= 0 or any(side <= 0 for side in parameter.shape):
             raise LayoutError(
@@ -83,9 +81,7 @@ def cut_layout(parameters: Iterable[Parameter], block_elements: int = BLOCK_ELEM
             size = min(block_elements, parameter.elements - start)
             blocks.append(Block(len(blocks), parameter.name, start, size, parameter.group))
         if len(blocks) > MAX_BLOCKS:
-            raise LayoutError(
-                f"the model cuts into more than {MAX_BLOCKS} blocks of {block_elements} elements"
-            )
+            raise LayoutError(f"the model cuts into more than {MAX_BLOCKS} blocks of {block_elements} elements")
     if not blocks:
         raise LayoutError("the model declares no parameter; a layout needs at least one")
     return Layout(parameters, tuple(blocks))
