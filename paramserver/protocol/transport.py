@@ -105,6 +105,9 @@ class Channel(Protocol):
     def close(self) -> None: ...
 
 
+Endpoint = Listener | Channel
+
+
 class Transport(Protocol):
     """Makes listeners and channels; one for each process (or, in memory, one for each simulated network)."""
 
@@ -116,8 +119,8 @@ class Transport(Protocol):
         """Connect to a listener; it need not be there yet. Raises TransportError when it is no address."""
         ...
 
-    def wait(self, channels: Sequence[Channel], timeout_seconds: float) -> list[Channel]:
-        """The channels that have something to receive, waiting at most so long for the first."""
+    def wait(self, endpoints: Sequence[Endpoint], timeout_seconds: float) -> list[Endpoint]:
+        """Those (listeners too) that have something to receive, waiting at most so long for the first."""
         ...
 
     def close(self) -> None: ...
