@@ -15,6 +15,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from paramserver.protocol.messages import RefusalCode
+
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
@@ -24,9 +26,9 @@ DEFAULT_TILE = 64
 class EncodingError(ValueError):
     """A frame that is no encoding of the block. `code` is the refusal's name: "wrong-size" or "not-finite"."""
 
-    def __init__(self, code: str, detail: str) -> None:
+    def __init__(self, code: RefusalCode, detail: str) -> None:
         super().__init__(detail)
-        self.code = code
+        self.code: RefusalCode = code
 
 
 class Encoding(ABC):

@@ -1,0 +1,56 @@
+"""A block as its shard holds it: weights, optimiser state, version, watermarks."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from paramserver.encoding.base import Bytes, Encoding, Float32
+from paramserver.protocol.layout import Block
+from paramserver.shard.watermarks import Watermarks
+
+if TYPE_CHECKING:
+    from paramserver.shard.optimizers import Optimizer
+
+
+class HeldBlock:
+    """One block on its shard. `version` counts applied updates; with fresh pulls it is also the edition.
+
+    The arrays are owned by the shard's one thread and change in place.
+    """
+
+    __slots__ = ("_first_values", "elements", "group", "index", "marks", "state", "version", "weights")
+
+    def __init__(self, block: Block, optimizer: Optimizer) -> None:
+        self.index = block.index
+        self.elements = block.elements
+        self.group = block.group
+        self.weights: Float32 = np.zeros(block.elements, np.float32)  # (elements,)
+        self.state = optimizer.state(block.elements)  # `slots` arrays of (elements,)
+        self.version = 0
+        self.marks = Watermarks()
+        self._first_values = b""
+
+    @property
+    def is_initialised(self) -> bool:
+        return bool(self._first_values)
+
+    def initialise(self, values: Bytes) -> bool:
+        """Take the first values; False where other ones were taken before. Idempotent by a hash of the bytes."""
+        digest = hashlib.blake2b(values.data, digest_size=16).digest()
+        if self._first_values:
+            return digest == self._first_values
+        self.weights[:] = values.view(np.float32) if values.ctypes.data % 4 == 0 else values.copy().view(np.float32)
+        self._first_values = digest
+        return True
+
+    def snapshot(self, encoding: Encoding) -> memoryview:
+        """The weights as they are now, encoded into a fresh buffer that the caller may keep.
+
+        The copy is needed: a transport still reads the buffer while the next update changes the weights.
+        """
+        frame = np.empty(encoding.frame_bytes(self.elements), np.uint8)
+        encoding.encode(self.weights, frame)
+        return frame.data.toreadonly()

@@ -1,0 +1,181 @@
+"""Consistency as policy objects: when an update is applied, and when a pull must wait.
+
+Adding a mode touches this file only: write a Policy and list it in `POLICIES`. The core hands every
+admitted update to `absorb` and asks `may_pull` before it answers; it knows no mode by name.
+
+Sources: bounded = stale synchronous parallel (Ho et al., NIPS 2013); sync with n of m = backup workers
+(Chen et al., arXiv 1604.00981), except that a late push is not thrown away: it joins the open round.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable
+from typing import ClassVar
+
+import numpy as np
+
+from paramserver.encoding import Encoding, make_encoding
+from paramserver.encoding.base import Bytes, Float32
+from paramserver.job import Job
+from paramserver.shard.block import HeldBlock
+from paramserver.shard.optimizers import decode_add
+
+# Applies a checked frame to a block; staleness in versions (for damping).
+Apply = Callable[[HeldBlock, Encoding, Bytes, int], None]
+
+
+class Policy(ABC):
+    """One mode. `members` are the workers that hold a lease; others hold nobody up."""
+
+    mode: ClassVar[str]
+
+    def __init__(self, job: Job, apply: Apply) -> None:
+        self.members: frozenset[str] = frozenset()
+        self._apply = apply
+
+    def set_members(self, members: Collection[str]) -> None:
+        """The workers that count from now on. May release pulls and complete rounds."""
+        self.members = frozenset(members)
+
+    def tick(self, worker: str, step: int) -> None:  # noqa: B027  (most modes keep no clock)
+        """A worker has finished `step` steps."""
+
+    @abstractmethod
+    def absorb(self, block: HeldBlock, worker: str, encoding: Encoding, frame: Bytes, staleness: int) -> None:
+        """Take a checked update into the state. It is acknowledged when this returns."""
+
+    @abstractmethod
+    def may_pull(self, worker: str, blocks: Iterable[int]) -> bool:
+        """Whether the worker may have these blocks now; otherwise its pull is parked and asked about again."""
+
+    @property
+    def pending_updates(self) -> int:
+        """Updates that are acknowledged and not yet in the weights."""
+        return 0
+
+
+class AsyncPolicy(Policy):
+    """Every update at once, every pull at once."""
+
+    mode = "async"
+
+    def absorb(self, block: HeldBlock, worker: str, encoding: Encoding, frame: Bytes, staleness: int) -> None:
+        self._apply(block, encoding, frame, staleness)
+
+    def may_pull(self, worker: str, blocks: Iterable[int]) -> bool:
+        return True
+
+
+class BoundedPolicy(AsyncPolicy):
+    """A worker may be at most `slack` steps ahead of the slowest member.
+
+    Clocks are relative: a worker that becomes a member starts at the slowest member's clock, whatever
+    its own count of steps, so that neither a joiner nor one that had no lease for a while stops the rest.
+    """
+
+    mode = "bounded"
+
+    def __init__(self, job: Job, apply: Apply) -> None:
+        super().__init__(job, apply)
+        assert job.consistency.slack is not None  # the job specification holds it
+        self._slack = job.consistency.slack
+        self._steps: dict[str, int] = {}  # as the worker counts
+        self._offsets: dict[str, int] = {}  # what makes its count comparable
+
+    def set_members(self, members: Collection[str]) -> None:
+        slowest = self._slowest()
+        for worker in set(members) - self.members:
+            self._offsets[worker] = slowest - self._steps.get(worker, 0)
+        super().set_members(members)
+        for worker in set(self._steps) - self.members:
+            # What a worker without a lease last counted is kept: it is where its next offset starts.
+            self._offsets.pop(worker, None)
+
+    def tick(self, worker: str, step: int) -> None:
+        known = self._steps.get(worker)
+        if known is not None and step < known and worker in self._offsets:
+            self._offsets[worker] += known - step  # a new incarnation counts from 0 and stands where it stood
+        self._steps[worker] = step
+
+    def may_pull(self, worker: str, blocks: Iterable[int]) -> bool:
+        return worker not in self.members or self._clock(worker) - self._slowest() <= self._slack
+
+    def _clock(self, worker: str) -> int:
+        return self._steps.get(worker, 0) + self._offsets[worker]
+
+    def _slowest(self) -> int:
+        return min((self._clock(worker) for worker in self.members), default=0)
+
+
+class _Round:
+    """The open round of one block: the sum of the updates that it holds, and whose they are."""
+
+    __slots__ = ("contributors", "staleness", "total", "updates")
+
+    def __init__(self, elements: int) -> None:
+        self.total: Float32 = np.zeros(elements, np.float32)  # (elements,)
+        self.contributors: set[str] = set()
+        self.updates = 0
+        self.staleness = 0
+
+
+class SyncPolicy(Policy):
+    """A block's round closes when `quorum` members (all, where none is given) have pushed: the mean is applied once.
+
+    A contributor's pull waits for the round. A late push joins the round in progress, so an acknowledged
+    update is never thrown away. When the last member leaves, open rounds are applied as they are.
+    """
+
+    mode = "sync"
+
+    def __init__(self, job: Job, apply: Apply) -> None:
+        super().__init__(job, apply)
+        self._wanted = job.consistency.quorum
+        self._quorum = self._wanted or job.cluster.workers
+        self._rounds: dict[int, tuple[HeldBlock, _Round]] = {}
+        self._fp32 = make_encoding("fp32")
+        self._is_draining = False
+
+    def set_members(self, members: Collection[str]) -> None:
+        had_members = bool(self.members)
+        super().set_members(members)
+        if self.members:
+            self._quorum = min(self._wanted or len(self.members), len(self.members))
+            self._is_draining = False
+        elif had_members:
+            # Nobody is left to fill a round. What still comes are residuals: a share of the last rounds' mean.
+            self._is_draining = True
+        for block, open_round in list(self._rounds.values()):
+            self._close_if_full(block, open_round)
+
+    def absorb(self, block: HeldBlock, worker: str, encoding: Encoding, frame: Bytes, staleness: int) -> None:
+        _, open_round = self._rounds.setdefault(block.index, (block, _Round(block.elements)))
+        decode_add(encoding, frame, open_round.total)
+        open_round.contributors.add(worker)
+        open_round.updates += 1
+        open_round.staleness = max(open_round.staleness, staleness)
+        self._close_if_full(block, open_round)
+
+    def may_pull(self, worker: str, blocks: Iterable[int]) -> bool:
+        return not any(block in self._rounds and worker in self._rounds[block][1].contributors for block in blocks)
+
+    @property
+    def pending_updates(self) -> int:
+        return sum(open_round.updates for _, open_round in self._rounds.values())
+
+    def _close_if_full(self, block: HeldBlock, open_round: _Round) -> None:
+        if not self._is_draining and len(open_round.contributors) < self._quorum:
+            return
+        divisor = max(open_round.updates, self._quorum) if self._is_draining else open_round.updates
+        open_round.total /= np.float32(divisor)
+        del self._rounds[block.index]
+        self._apply(block, self._fp32, open_round.total.view(np.uint8), open_round.staleness)
+
+
+POLICIES: dict[str, type[Policy]] = {policy.mode: policy for policy in (AsyncPolicy, BoundedPolicy, SyncPolicy)}
+
+
+def make_policy(job: Job, apply: Apply) -> Policy:
+    """The policy object of a job. The job specification has refused modes that are not in POLICIES."""
+    return POLICIES[job.consistency.mode](job, apply)

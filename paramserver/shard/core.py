@@ -1,0 +1,313 @@
+"""What a shard decides. This file knows no socket, clock or file.
+
+`take_order` says what to serve, `handle` takes one message and returns the replies. Whatever a peer sends
+is either done or refused by name, counted, and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from paramserver.encoding import Encoding, EncodingError, make_encoding
+from paramserver.encoding.base import Bytes
+from paramserver.job import Job
+from paramserver.protocol.messages import (
+    PROTOCOL_VERSION,
+    Acknowledged,
+    BlockUpdate,
+    BlockValue,
+    Hello,
+    Initialise,
+    Initialised,
+    Message,
+    Pull,
+    Pulled,
+    Push,
+    Pushed,
+    Refusal,
+    RefusalCode,
+    RefusedUpdate,
+    ShardOrder,
+    Tick,
+    Want,
+    Welcome,
+)
+from paramserver.shard.block import HeldBlock
+from paramserver.shard.consistency import make_policy
+from paramserver.shard.optimizers import make_optimizer
+from paramserver.shard.telemetry import Telemetry
+from paramserver.shard.watermarks import Verdict
+
+MAX_PEERS = 65536
+# lr factor by staleness in versions (staleness-aware SGD: Zhang et al., IJCAI 2016, eq. 5; its root is milder).
+DAMPING: dict[str, Callable[[int], float]] = {
+    "none": lambda staleness: 1.0,
+    "inverse": lambda staleness: 1.0 / (1.0 + staleness),
+    "sqrt": lambda staleness: float((1.0 + staleness) ** -0.5),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A message for a peer. Frames are buffers that the core will not change."""
+
+    peer: bytes
+    message: Message
+    frames: Sequence[memoryview] = ()
+
+
+class Refused(Exception):  # noqa: N818  (a verdict on the peer's message, not an error of ours)
+    """A request, or one of its updates, is refused by name."""
+
+    def __init__(self, code: RefusalCode, detail: str, expected: int = 0) -> None:
+        super().__init__(detail)
+        self.code: RefusalCode = code
+        self.detail = detail
+        self.expected = expected
+
+
+class Serving:
+    """Everything that a shard holds for one job: blocks, optimiser, policy, counters, peers, parked pulls."""
+
+    def __init__(self, order: ShardOrder) -> None:
+        self.order = order
+        self.job = Job.model_validate_json(order.specification)
+        self.fingerprint = order.layout.fingerprint
+        self.optimizer = make_optimizer(self.job.optimizer)
+        self.blocks = {index: HeldBlock(order.layout.blocks[index], self.optimizer) for index in order.blocks}
+        self.policy = make_policy(self.job, self._apply)
+        self.damping = DAMPING[self.job.consistency.damping]
+        # A flushed residual comes at full precision, whatever the job's encoding.
+        push = make_encoding(self.job.push.encoding, self.job.push.tile)
+        self.push_encodings: dict[str, Encoding] = {"fp32": make_encoding("fp32"), push.identifier: push}
+        self.pull_encoding = make_encoding(self.job.pull.encoding)
+        self.telemetry = Telemetry()
+        self.peers: dict[bytes, tuple[str, int]] = {}  # who said Hello: (worker, incarnation)
+        self.parked: dict[bytes, Pull | Push] = {}  # one a peer: a repeated pull takes its place
+
+    def _apply(self, block: HeldBlock, encoding: Encoding, frame: Bytes, staleness: int) -> None:
+        self.optimizer.apply(block.weights, block.state, block.version, encoding, frame, self.damping(staleness))
+        block.version += 1
+
+
+@dataclass
+class ShardCore:
+    """One shard. Not thread-safe: one thread owns it."""
+
+    name: str
+    serving: Serving | None = None
+    refusals: Counter[str] = field(default_factory=Counter)
+
+    # ------------------------------------------------------------------ what to serve
+
+    def take_order(self, order: ShardOrder | None) -> list[Reply]:
+        """Become what the coordinator says: take up a job, learn its members, or drop everything.
+
+        An order with an older term than the one served is ignored.
+        """
+        serving = self.serving
+        if order is None:
+            self.serving = None
+            return []
+        if serving is None or serving.order.job != order.job:
+            self.refusals.clear()
+            serving = self.serving = Serving(order)
+        elif order.term < serving.order.term:
+            return []
+        for index in set(order.blocks) - serving.blocks.keys():
+            serving.blocks[index] = HeldBlock(order.layout.blocks[index], serving.optimizer)
+        for index in serving.blocks.keys() - set(order.blocks):
+            del serving.blocks[index]
+        serving.order = order
+        serving.policy.set_members([member.worker for member in order.members])
+        return self._release(serving)
+
+    # ------------------------------------------------------------------- the hot path
+
+    def handle(self, peer: bytes, message: Message, frames: Sequence[memoryview]) -> list[Reply]:
+        """One message of the data plane. `frames` are only read, and only during the call."""
+        try:
+            match message:
+                case Push():
+                    return self._push(peer, message, frames)
+                case Pull():
+                    serving = self._admit(peer, message)
+                    serving.policy.tick(message.worker, message.step)
+                    return [*self._release(serving), *self._answer_pull(serving, peer, message)]
+                case Tick():
+                    return self._tick(message)
+                case Hello():
+                    return [self._hello(peer, message)]
+                case Initialise():
+                    return [self._initialise(peer, message, frames)]
+                case _:
+                    raise Refused("not-served", f"a shard takes no {type(message).__name__}")
+        except Refused as refused:
+            return [self.refuse(peer, refused.code, refused.detail, getattr(message, "request", 0))]
+
+    def _push(self, peer: bytes, push: Push, frames: Sequence[memoryview]) -> list[Reply]:
+        serving = self._admit(peer, push)
+        acknowledged: list[Acknowledged] = []
+        refused: list[RefusedUpdate] = []
+        for update, frame in zip(push.updates, frames, strict=True):
+            try:
+                acknowledged.append(self._update(serving, push, update, np.frombuffer(frame, np.uint8)))
+            except Refused as why:
+                self.refusals[why.code] += 1
+                refused.append(RefusedUpdate(update.block, update.sequence, why.code, why.detail, why.expected))
+        serving.telemetry.pushes += 1
+        serving.policy.tick(push.worker, push.step)
+        replies = [Reply(peer, Pushed(request=push.request, acknowledged=tuple(acknowledged), refused=tuple(refused)))]
+        if push.wants:
+            replies += self._answer_pull(serving, peer, push)
+        # After the pusher's own pull: those who waited for this push are more stale already.
+        return replies + self._release(serving)
+
+    def _update(self, serving: Serving, push: Push, update: BlockUpdate, frame: Bytes) -> Acknowledged:
+        """Apply one block's update at most once. Raises Refused, and then nothing has changed."""
+        block = self._block(serving, update.block)
+        verdict = block.marks.judge(push.worker, push.incarnation, update.sequence)
+        if verdict is Verdict.DUPLICATE:
+            serving.telemetry.duplicates += 1
+            return Acknowledged(update.block, update.sequence, block.version, duplicate=True)
+        if verdict is Verdict.GAP:
+            expected = block.marks.expected(push.worker, push.incarnation)
+            detail = f"block {update.block}: found sequence {update.sequence}, expected {expected}"
+            raise Refused("out-of-order", detail, expected)
+        if verdict is Verdict.OLD:
+            raise Refused("old-incarnation", f"{push.worker} has a newer incarnation than {push.incarnation}")
+        encoding = serving.push_encodings.get(update.encoding)
+        if encoding is None:
+            known = ", ".join(sorted(serving.push_encodings))
+            raise Refused("unknown-encoding", f"found {update.encoding!r}, this job takes {known}")
+        if update.edition > block.version:
+            detail = f"block {update.block}: edition {update.edition} does not exist, the last is {block.version}"
+            raise Refused("unknown-edition", detail)
+        try:
+            encoding.check(frame, block.elements)
+        except EncodingError as error:
+            raise Refused(error.code, f"block {update.block}: {error}") from None
+        staleness = block.version - update.edition
+        serving.policy.absorb(block, push.worker, encoding, frame, staleness)
+        block.marks.advance(push.worker, push.incarnation, update.sequence)
+        serving.telemetry.applied(push.worker, block.group, staleness, frame.size, block.elements)
+        return Acknowledged(update.block, update.sequence, block.version)
+
+    def _answer_pull(self, serving: Serving, peer: bytes, request: Pull | Push) -> list[Reply]:
+        """The values that a pull wants, or nothing yet where the policy makes it wait."""
+        blocks = [self._block(serving, want.block) for want in request.wants]
+        if not serving.policy.may_pull(request.worker, (block.index for block in blocks)):
+            serving.parked[peer] = request
+            return []
+        serving.parked.pop(peer, None)
+        serving.telemetry.pulls += 1
+        values: list[BlockValue] = []
+        frames: list[memoryview] = []
+        for block, want in zip(blocks, request.wants, strict=True):
+            values.append(self._value(serving, block, want, frames))
+        return [Reply(peer, Pulled(request=request.request, values=tuple(values)), frames)]
+
+    def _value(self, serving: Serving, block: HeldBlock, want: Want, frames: list[memoryview]) -> BlockValue:
+        encoding = serving.pull_encoding
+        if want.have == block.version:
+            return BlockValue(block.index, block.version, "current", encoding.identifier)
+        frame = block.snapshot(encoding)
+        frames.append(frame)
+        serving.telemetry.pulled(len(frame), block.elements)
+        return BlockValue(block.index, block.version, "snapshot", encoding.identifier, 1)
+
+    def _release(self, serving: Serving) -> list[Reply]:
+        """Answer the parked pulls that need wait no longer."""
+        replies: list[Reply] = []
+        for peer, request in list(serving.parked.items()):
+            replies += self._answer_pull(serving, peer, request)
+        return replies
+
+    # --------------------------------------------------------------------- the others
+
+    def _tick(self, tick: Tick) -> list[Reply]:
+        serving = self.serving
+        if serving is None or serving.order.job != tick.job:
+            self.refusals["wrong-job"] += 1  # a tick is not answered
+            return []
+        serving.policy.tick(tick.worker, tick.step)
+        return self._release(serving)
+
+    def _hello(self, peer: bytes, hello: Hello) -> Reply:
+        serving = self._serving(hello.job)
+        if hello.version != PROTOCOL_VERSION:
+            raise Refused(
+                "wrong-version", f"found protocol version {hello.version}, this shard speaks {PROTOCOL_VERSION}"
+            )
+        if hello.layout != serving.fingerprint:
+            raise Refused("wrong-layout", f"found layout {hello.layout}, this job has {serving.fingerprint}")
+        for known, (worker, incarnation) in list(serving.peers.items()):
+            if worker != hello.worker:
+                continue
+            if incarnation > hello.incarnation:
+                raise Refused("old-incarnation", f"{worker} is here with incarnation {incarnation}")
+            # The worker connected anew: nobody reads the old connection any more.
+            del serving.peers[known]
+            serving.parked.pop(known, None)
+        if len(serving.peers) >= MAX_PEERS:
+            raise Refused("not-served", f"this shard knows {MAX_PEERS} workers already, which is its limit")
+        serving.peers[peer] = (hello.worker, hello.incarnation)
+        return Reply(peer, Welcome(shard=self.name, job=hello.job, term=serving.order.term))
+
+    def _initialise(self, peer: bytes, message: Initialise, frames: Sequence[memoryview]) -> Reply:
+        serving = self._serving(message.job)
+        self._check_term(serving, message.term)
+        if message.layout != serving.fingerprint:
+            raise Refused("wrong-layout", f"found layout {message.layout}, this job has {serving.fingerprint}")
+        fp32 = serving.push_encodings["fp32"]
+        checked: list[tuple[HeldBlock, Bytes]] = []
+        for index, frame in zip(message.blocks, frames, strict=True):
+            block, values = self._block(serving, index, must_have_value=False), np.frombuffer(frame, np.uint8)
+            try:
+                fp32.check(values, block.elements)
+            except EncodingError as error:
+                raise Refused(error.code, f"block {index}: {error}") from None
+            checked.append((block, values))
+        for block, values in checked:
+            if not block.initialise(values):
+                raise Refused("already-initialised", f"block {block.index} was given other first values before")
+        return Reply(peer, Initialised(request=message.request))
+
+    # -------------------------------------------------------------------- admission
+
+    def _serving(self, job: str) -> Serving:
+        if self.serving is None:
+            raise Refused("wrong-job", f"found job {job!r}, this shard serves none")
+        if self.serving.order.job != job:
+            raise Refused("wrong-job", f"found job {job!r}, this shard serves {self.serving.order.job!r}")
+        return self.serving
+
+    def _admit(self, peer: bytes, message: Push | Pull) -> Serving:
+        serving = self._serving(message.job)
+        self._check_term(serving, message.term)
+        if serving.peers.get(peer) != (message.worker, message.incarnation):
+            raise Refused(
+                "unknown-worker", f"no Hello from {message.worker} came through this connection; say it first"
+            )
+        return serving
+
+    def _check_term(self, serving: Serving, term: int) -> None:
+        if term != serving.order.term:
+            raise Refused("wrong-term", f"found placement term {term}, this shard serves {serving.order.term}")
+
+    def _block(self, serving: Serving, index: int, must_have_value: bool = True) -> HeldBlock:
+        block = serving.blocks.get(index)
+        if block is None:
+            raise Refused("unknown-block", f"block {index} is not placed on {self.name}")
+        if must_have_value and not block.is_initialised:
+            raise Refused("not-initialised", f"block {index} has no value yet; try again when it has")
+        return block
+
+    def refuse(self, peer: bytes, code: RefusalCode, detail: str, request: int = 0) -> Reply:
+        """Count a refusal and make its reply."""
+        self.refusals[code] += 1
+        return Reply(peer, Refusal(request=request, code=code, detail=detail))

@@ -1,0 +1,150 @@
+"""A shard's loop: sockets, clock and heartbeats around the core. Synchronous, one thread, asleep when idle."""
+
+from __future__ import annotations
+
+from time import monotonic, perf_counter
+
+from paramserver.process import StopRequest, log
+from paramserver.protocol.membership import Membership
+from paramserver.protocol.messages import Orders, Register, ShardOrder, ShardReport
+from paramserver.protocol.transport import Channel, Listener, Malformed, Received, Transport
+from paramserver.shard.core import Reply, ShardCore
+
+BATCH_MESSAGES = 64  # handled in a row before the control channel gets a look
+LONGEST_WAIT_SECONDS = 0.5  # how late a stop request may be seen
+
+
+class ShardServer:
+    """Runs a ShardCore until it is told to stop. Owns its listener and control channel."""
+
+    def __init__(self, core: ShardCore, transport: Transport, listen: str, coordinator: str, introduction: Register):
+        """Raises TransportError where `listen` cannot be bound.
+
+        `introduction.address` is what workers are told; where it is empty it is the bound address.
+        """
+        self.core = core
+        self._transport = transport
+        self._listener: Listener = transport.listen(listen)
+        self._control: Channel = transport.connect(coordinator)
+        fields = {name: getattr(introduction, name) for name in introduction.__struct_fields__}
+        fields["address"] = introduction.address or self._listener.address
+        self._membership = Membership(Register(**fields), self.report)
+        self._bytes_in = 0
+        self._bytes_out = 0
+        self._waiting_seconds = 0.0
+        self._working_seconds = 0.0
+        self._must_stop = False
+
+    @property
+    def address(self) -> str:
+        return self._listener.address
+
+    def run(self, stop: StopRequest) -> None:
+        """Serve until `stop` is set or the coordinator says shut down; then close the sockets.
+
+        Raises MembershipError when the coordinator refuses this process for good.
+        """
+        try:
+            while not stop.is_set() and not self._must_stop:
+                self._beat()
+                started = perf_counter()
+                timeout = min(self._membership.seconds_to_next(monotonic()), LONGEST_WAIT_SECONDS)
+                ready = self._transport.wait([self._listener, self._control], timeout)
+                woken = perf_counter()
+                if self._listener in ready:
+                    self._serve_batch()
+                if self._control in ready:
+                    self._obey()
+                self._waiting_seconds += woken - started
+                self._working_seconds += perf_counter() - woken
+        finally:
+            self._listener.close()
+            self._control.close()
+
+    def _serve_batch(self) -> None:
+        for _ in range(BATCH_MESSAGES):
+            match self._listener.receive(0):
+                case None:
+                    return
+                case Received() as received:
+                    self._bytes_in += received.message_bytes
+                    replies = self.core.handle(received.peer, received.message, received.frames)
+                case Malformed() as malformed:
+                    self._bytes_in += malformed.message_bytes
+                    replies = [self.core.refuse(malformed.peer, "malformed", malformed.reason)]
+            self._send(replies)
+
+    def _send(self, replies: list[Reply]) -> None:
+        for reply in replies:
+            self._listener.send(reply.peer, reply.message, reply.frames)
+            self._bytes_out += sum(len(frame) for frame in reply.frames)
+
+    def _beat(self) -> None:
+        message = self._membership.due(monotonic())
+        if self._membership.must_reset:
+            log("coordinator-unreachable", level="warning", address=self._control.address)
+            self._control.reset()
+            self._membership.must_reset = False
+        if message is not None:
+            self._control.send(message)
+
+    def _obey(self) -> None:
+        while (received := self._control.receive(0)) is not None:
+            if isinstance(received, Malformed):
+                self.core.refusals["malformed"] += 1
+                continue
+            orders = self._membership.hear(received.message, monotonic())
+            if orders is not None:
+                self._take(orders)
+
+    def _take(self, orders: Orders) -> None:
+        if orders.shutdown:
+            log("shutdown-ordered")
+            self._must_stop = True
+            return
+        if orders.order is not None and not isinstance(orders.order, ShardOrder):
+            self.core.refusals["not-served"] += 1
+            return
+        before = self.core.serving
+        self._send(self.core.take_order(orders.order))
+        if self.core.serving is not before:
+            self._bytes_in = self._bytes_out = 0
+            self._waiting_seconds = self._working_seconds = 0.0
+            if self.core.serving is None:
+                log("job-dropped")
+            else:
+                order = self.core.serving.order
+                log("job-taken", job=order.job, term=order.term, blocks=len(order.blocks))
+            self._membership.beat_soon()
+
+    def report(self) -> ShardReport:
+        """The counters of a heartbeat."""
+        serving = self.core.serving
+        if serving is None:
+            return ShardReport(refusals=dict(self.core.refusals), handshake_failures=self._listener.handshake_failures)
+        telemetry = serving.telemetry
+        return ShardReport(
+            job=serving.order.job,
+            term=serving.order.term,
+            blocks=len(serving.blocks),
+            initialised_blocks=sum(block.is_initialised for block in serving.blocks.values()),
+            elements=sum(block.elements for block in serving.blocks.values()),
+            updates=telemetry.updates,
+            duplicates=telemetry.duplicates,
+            pushes=telemetry.pushes,
+            pulls=telemetry.pulls,
+            refusals=dict(self.core.refusals),
+            bytes_in=self._bytes_in,
+            bytes_out=self._bytes_out,
+            push_payload_bytes=telemetry.push_payload_bytes,
+            push_elements=telemetry.push_elements,
+            pull_payload_bytes=telemetry.pull_payload_bytes,
+            pull_elements=telemetry.pull_elements,
+            staleness=telemetry.staleness_rows(),
+            waiting_seconds=self._waiting_seconds,
+            working_seconds=self._working_seconds,
+            parked_pulls=len(serving.parked),
+            pending_updates=serving.policy.pending_updates,
+            workers=tuple(sorted({worker for worker, _ in serving.peers.values()})),
+            handshake_failures=self._listener.handshake_failures,
+        )
