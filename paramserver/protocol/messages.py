@@ -169,6 +169,15 @@ class Pulled(Message, frozen=True, kw_only=True, tag="pulled"):
     values: tuple[BlockValue, ...]
 
 
+class Held(Message, frozen=True, kw_only=True, tag="held"):
+    """The pull of this request waits for slower workers (bounded, sync): the shard lives, be patient.
+
+    Its Pulled follows when the policy lets it. A worker that asks again is told again.
+    """
+
+    request: Count
+
+
 class Tick(Message, frozen=True, kw_only=True, tag="tick"):
     """A worker's clock, sent to the shards that its push did not touch. Not answered."""
 
@@ -404,6 +413,7 @@ AnyMessage = (
     | Pushed
     | Pull
     | Pulled
+    | Held
     | Tick
     | Initialise
     | Initialised

@@ -20,6 +20,7 @@ from paramserver.protocol.messages import (
     Acknowledged,
     BlockUpdate,
     BlockValue,
+    Held,
     Hello,
     Initialise,
     Initialised,
@@ -202,7 +203,7 @@ class ShardCore:
         blocks = [self._block(serving, want.block) for want in request.wants]
         if not serving.policy.may_pull(request.worker, (block.index for block in blocks)):
             serving.parked[peer] = request
-            return []
+            return [Reply(peer, Held(request=request.request))]
         serving.parked.pop(peer, None)
         serving.telemetry.pulls += 1
         values: list[BlockValue] = []
@@ -224,7 +225,9 @@ class ShardCore:
         """Answer the parked pulls that need wait no longer."""
         replies: list[Reply] = []
         for peer, request in list(serving.parked.items()):
-            replies += self._answer_pull(serving, peer, request)
+            answers = self._answer_pull(serving, peer, request)
+            if peer not in serving.parked:
+                replies += answers
         return replies
 
     # --------------------------------------------------------------------- the others
