@@ -1,0 +1,382 @@
+"""The transport over ZeroMQ: the only user of zmq. Listeners are ROUTER sockets, channels DEALER sockets.
+
+Synchronous and polled, one I/O thread, no thread of its own. Frames from ZERO_COPY_BYTES up leave and
+arrive without a copy; smaller ones are copied, which is cheaper than tracking them.
+
+Bounds. libzmq refuses a frame above MAX_MESSAGE_BYTES before it takes memory for it, and stops reading a
+connection whose queue is full. It does not bound how many frames one message has: those past the bound
+are freed here, after they arrived. Only peers that may connect at all can do that.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import math
+import re
+import socket as sockets
+import struct
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import zmq
+
+from paramserver.protocol.framing import MAX_FRAMES, FramingError, decode_message, encode_message
+from paramserver.protocol.messages import Message
+from paramserver.protocol.transport import (
+    MAX_MESSAGE_BYTES,
+    SENT,
+    ZERO_COPY_BYTES,
+    Buffer,
+    Endpoint,
+    Malformed,
+    Peer,
+    Received,
+    Sending,
+    TransportError,
+)
+
+LINGER_MS = 500  # how long a close waits for the last messages to leave
+SEND_QUEUE = 256  # messages to one peer; beyond it they are dropped, and retried by whoever needs them
+RECEIVE_QUEUE = 8  # messages from one peer; beyond it the peer is not read: four-megabyte messages add up
+HANDSHAKE_MS = 10_000
+RECONNECT_MS, RECONNECT_MAX_MS = 50, 1000
+KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_PROBES = 10, 5, 3
+MAX_SOCKETS = 4096
+MONITOR_EVERY = 1024  # receives between two looks at the monitor of a socket that is never idle
+MAX_WAIT_SECONDS = 86_400.0
+
+_ADDRESS = re.compile(r"tcp://(?P<host>\*|[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?):(?P<port>[0-9]{1,5})")
+_GONE = (errno.EAGAIN, errno.EHOSTUNREACH)
+_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+).value
+_MONITOR_NAMES = itertools.count()
+
+
+class ZeroMQTransport:
+    """A zmq context and the endpoints made from it. Use it, and all of them, from one thread."""
+
+    def __init__(self) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._context.max_sockets = MAX_SOCKETS
+        self._endpoints: list[ZeroMQListener | ZeroMQChannel] = []
+
+    def listen(self, address: str) -> ZeroMQListener:
+        """Bind "tcp://HOST:PORT"; port 0 takes a free one, host "*" all interfaces. Raises TransportError."""
+        listener = ZeroMQListener(self._context, address)
+        self._endpoints.append(listener)
+        return listener
+
+    def connect(self, address: str) -> ZeroMQChannel:
+        """Connect to "tcp://HOST:PORT"; the listener and even its host name may appear later. Raises TransportError."""
+        channel = ZeroMQChannel(self._context, address)
+        self._endpoints.append(channel)
+        return channel
+
+    def wait(self, endpoints: Sequence[Endpoint], timeout_seconds: float) -> list[Endpoint]:
+        """Those of this transport's endpoints that have something to receive, in the order given."""
+        ours = [cast("_Socket", endpoint) for endpoint in endpoints]
+        ready = {id(sock) for sock, _ in zmq.zmq_poll([(one.socket, zmq.POLLIN) for one in ours], _ms(timeout_seconds))}
+        if not ready:
+            for one in ours:
+                one.look_at_monitor()
+        return [end for end, one in zip(endpoints, ours, strict=True) if id(one.socket) in ready]
+
+    def close(self) -> None:
+        """Close every endpoint; waits at most LINGER_MS for their last messages."""
+        for endpoint in self._endpoints:
+            endpoint.close()
+        self._endpoints.clear()
+        self._context.term()
+
+
+class _Socket:
+    """One zmq socket with its monitor: sending and receiving a message in parts."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], kind: int, events: int) -> None:
+        self._context = context
+        self._kind = kind
+        self._events = events
+        self._until_look = MONITOR_EVERY
+        self.dropped = 0
+        """Messages that were not sent because the peer is gone or its queue is full."""
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            self.socket: zmq.Socket[bytes] = self._context.socket(self._kind)
+        except zmq.ZMQError as error:
+            raise TransportError(f"no socket can be opened ({error}); close some, or raise `ulimit -n`") from error
+        for option, value in _OPTIONS.items():
+            self.socket.setsockopt(option, value)
+        name = f"inproc://monitor-{next(_MONITOR_NAMES)}"
+        self.socket.monitor(name, self._events)
+        self._monitor: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
+        # libzmq's I/O thread would block on a full monitor queue, so this one has no limit; it is read
+        # whenever the socket is idle, and now and then when it never is.
+        self._monitor.setsockopt(zmq.RCVHWM, 0)
+        self._monitor.connect(name)
+
+    def _close(self, linger_ms: int) -> None:
+        if self.socket.closed:
+            return
+        self.look_at_monitor()
+        self.socket.disable_monitor()
+        self._monitor.close(0)
+        self.socket.close(linger_ms)
+
+    def close(self) -> None:
+        """Close; what is still queued has LINGER_MS to leave. Closing twice is allowed."""
+        self._close(LINGER_MS)
+
+    def look_at_monitor(self) -> None:
+        """Take in what happened to the connections since the last look. Never blocks."""
+        self._until_look = MONITOR_EVERY
+        if not self.socket.closed:
+            for event, value in self._monitor_events():
+                self._on_event(event, value)
+
+    def _on_event(self, event: int, value: int) -> None:
+        raise NotImplementedError
+
+    def _monitor_events(self) -> Iterator[tuple[int, int]]:
+        while cast(int, self._monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            event, value = struct.unpack("=Hi", self._monitor.recv(zmq.NOBLOCK))
+            self._monitor.recv(zmq.NOBLOCK)  # the endpoint
+            yield event, value
+
+    def _send_parts(self, first: Buffer, rest: Sequence[Buffer]) -> Sending:
+        """Queue all parts or none. The first part decides: zmq takes or refuses a message there."""
+        send = self.socket.send
+        try:
+            send(first, zmq.SNDMORE | zmq.NOBLOCK if rest else zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno in _GONE:
+                self.dropped += 1
+                return SENT
+            raise
+        trackers: list[zmq.MessageTracker] = []
+        cut_off = False
+        left = len(rest)
+        for part in rest:
+            left -= 1
+            flags = zmq.SNDMORE | zmq.NOBLOCK if left else zmq.NOBLOCK
+            try:
+                if len(part) < ZERO_COPY_BYTES:
+                    send(part, flags)
+                else:
+                    trackers.append(send(part, flags, copy=False, track=True))
+            except zmq.ZMQError as error:
+                # The connection went in the middle: zmq wants to be given the rest, and drops it.
+                if error.errno not in _GONE:
+                    raise
+                cut_off = True
+        self.dropped += cut_off
+        if not trackers:
+            return SENT
+        return trackers[0] if len(trackers) == 1 else zmq.MessageTracker(*trackers)
+
+    def _receive(self, timeout_seconds: float, has_peer: bool) -> Received | Malformed | None:
+        self._until_look -= 1
+        if self._until_look <= 0:
+            self.look_at_monitor()
+        recv = self.socket.recv
+        try:
+            frame = recv(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            self.look_at_monitor()
+            if timeout_seconds <= 0 or not zmq.zmq_poll([(self.socket, zmq.POLLIN)], _ms(timeout_seconds)):
+                return None
+            frame = recv(zmq.NOBLOCK, copy=False)
+        peer = b""
+        if has_peer:
+            # The routing identity is the transport's own: it counts neither as a frame nor as bytes.
+            peer = frame.bytes
+            if not frame.more:
+                return Malformed(peer, "an empty message: there is no head", 0)
+            frame = recv(zmq.NOBLOCK, copy=False)
+        parts: list[Buffer] = []
+        message_bytes = 0
+        while True:
+            size = len(frame)
+            message_bytes += size
+            # Kept until the message is over its bound, so that decoding sees the excess and names it.
+            if len(parts) <= MAX_FRAMES + 1 and message_bytes - size <= MAX_MESSAGE_BYTES:
+                parts.append(frame.bytes if size < ZERO_COPY_BYTES else frame.buffer.toreadonly())
+            if not frame.more:
+                break
+            frame = recv(zmq.NOBLOCK, copy=False)
+        try:
+            message, frames = decode_message(parts)
+        except FramingError as error:
+            return Malformed(peer, error.reason, message_bytes)
+        return Received(peer, message, frames, message_bytes)
+
+
+class ZeroMQListener(_Socket):
+    """A bound ROUTER. Made by `ZeroMQTransport.listen`."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        host, port = _parse(address, "listen on", lowest_port=0)
+        interface = _interface(host, address)
+        self._handshaking: dict[int, None] = {}  # descriptors of connections that are not yet accepted as peers
+        self._failures = 0
+        self._announced = False  # the next connection that ends has been counted as a failure
+        events = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
+        super().__init__(context, zmq.ROUTER, events)
+        # A peer that is gone is an error at once, instead of a message that silently goes nowhere.
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            self.socket.bind(f"tcp://{interface}:{port}")
+        except zmq.ZMQError as error:
+            self._close(0)
+            raise TransportError(_bind_failure(address, error)) from error
+        bound = cast(bytes, self.socket.getsockopt(zmq.LAST_ENDPOINT)).decode()
+        self._address = f"tcp://{'0.0.0.0' if host == '*' else host}:{bound.rpartition(':')[2].rstrip(chr(0))}"
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    @property
+    def handshake_failures(self) -> int:
+        """Connections that ended before their handshake did: foreign bytes, port scans, refused keys, timeouts."""
+        self.look_at_monitor()
+        return self._failures
+
+    def send(self, peer: Peer, message: Message, frames: Sequence[Buffer] = ()) -> Sending:
+        """Queue a message for a peer; one that is gone, or whose queue is full, is dropped and counted."""
+        return self._send_parts(peer, encode_message(message, frames))
+
+    def receive(self, timeout_seconds: float) -> Received | Malformed | None:
+        """The next message, or None when the time is over; 0 does not block."""
+        return self._receive(timeout_seconds, has_peer=True)
+
+    def _on_event(self, event: int, value: int) -> None:
+        # libzmq names the connection (its descriptor) only when it begins and ends. So a success is credited
+        # to the oldest that waits, and a wrong guess is put right when connections end. It announces most
+        # failures just before the end; those of the ancient ZMTP 1.0 are nothing but an end.
+        waiting = self._handshaking
+        if event == zmq.EVENT_ACCEPTED:
+            waiting[value] = None
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._forget_oldest()
+        elif event != zmq.EVENT_DISCONNECTED:
+            self._failures += 1
+            self._announced = True
+        elif value in waiting:
+            del waiting[value]
+            self._failures += not self._announced
+            self._announced = False
+        elif self._announced:
+            self._forget_oldest()
+            self._announced = False
+
+    def _forget_oldest(self) -> None:
+        if self._handshaking:
+            del self._handshaking[next(iter(self._handshaking))]
+
+
+class ZeroMQChannel(_Socket):
+    """A connected DEALER. Made by `ZeroMQTransport.connect`."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        host, port = _parse(address, "connect to", lowest_port=1)
+        if host == "*":
+            raise TransportError(f"cannot connect to {address!r}: '*' means all interfaces; name one host")
+        self._address = f"tcp://{host}:{port}"
+        self._established = 0
+        super().__init__(context, zmq.DEALER, zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._connect()
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    @property
+    def reconnections(self) -> int:
+        """How often the connection was established after the first time."""
+        self.look_at_monitor()
+        return max(0, self._established - 1)
+
+    def send(self, message: Message, frames: Sequence[Buffer] = ()) -> Sending:
+        """Queue a message; SEND_QUEUE of them wait while the remote is away, the next is dropped and counted."""
+        head, *rest = encode_message(message, frames)
+        return self._send_parts(head, rest)
+
+    def receive(self, timeout_seconds: float) -> Received | Malformed | None:
+        """The next message, or None when the time is over; 0 does not block."""
+        return self._receive(timeout_seconds, has_peer=False)
+
+    def reset(self) -> None:
+        """Drop the connection with everything queued in it and connect afresh, as a new Peer."""
+        self._close(0)
+        self._open()
+        self._connect()
+
+    def _connect(self) -> None:
+        try:
+            self.socket.connect(self._address)
+        except zmq.ZMQError as error:
+            self._close(0)
+            raise TransportError(f"cannot connect to {self._address!r}: {error}") from error
+
+    def _on_event(self, event: int, value: int) -> None:
+        self._established += 1
+
+
+_OPTIONS: dict[int, int] = {
+    zmq.MAXMSGSIZE: MAX_MESSAGE_BYTES,
+    zmq.LINGER: LINGER_MS,
+    zmq.SNDHWM: SEND_QUEUE,
+    zmq.RCVHWM: RECEIVE_QUEUE,
+    zmq.HANDSHAKE_IVL: HANDSHAKE_MS,
+    zmq.RECONNECT_IVL: RECONNECT_MS,
+    zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS,
+    zmq.TCP_KEEPALIVE: 1,
+    zmq.TCP_KEEPALIVE_IDLE: KEEPALIVE_IDLE_SECONDS,
+    zmq.TCP_KEEPALIVE_INTVL: KEEPALIVE_INTERVAL_SECONDS,
+    zmq.TCP_KEEPALIVE_CNT: KEEPALIVE_PROBES,
+}
+
+
+def _ms(timeout_seconds: float) -> int:
+    return math.ceil(min(max(timeout_seconds, 0.0), MAX_WAIT_SECONDS) * 1000)
+
+
+def _parse(address: str, verb: str, lowest_port: int) -> tuple[str, int]:
+    match = _ADDRESS.fullmatch(address)
+    port = int(match["port"]) if match else -1
+    if match is None or not lowest_port <= port <= 65535:
+        raise TransportError(
+            f"cannot {verb} {address!r}: an address is tcp://HOST:PORT with a port from {lowest_port} to 65535, "
+            "for example tcp://127.0.0.1:5700"
+        )
+    return match["host"], port
+
+
+def _interface(host: str, address: str) -> str:
+    # zmq binds to numbers and device names only.
+    if host == "*":
+        return "0.0.0.0"
+    try:
+        found = sockets.getaddrinfo(host, None, sockets.AF_INET, sockets.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:  # the latter for a label that no name can have
+        raise TransportError(
+            f"cannot listen on {address!r}: the host {host!r} has no IPv4 address ({error}); "
+            "give one of this machine, 127.0.0.1, or * for all interfaces"
+        ) from error
+    return str(found[0][4][0])
+
+
+def _bind_failure(address: str, error: zmq.ZMQError) -> str:
+    hints = {
+        errno.EADDRINUSE: "the address is in use; stop the process that holds it, "
+        "or choose another port (port 0 takes a free one)",
+        errno.EADDRNOTAVAIL: "the host is not an address of this machine; give one of its own, or * for all",
+        errno.ENODEV: "the host is not an address of this machine; give one of its own, or * for all",
+        errno.EACCES: "permission denied; ports below 1024 need privileges, choose a higher one",
+        errno.EPERM: "permission denied; ports below 1024 need privileges, choose a higher one",
+    }
+    return f"cannot listen on {address!r}: {hints.get(error.errno or 0, str(error))}"
