@@ -12,9 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-
-class DataError(ValueError):
-    """Data that is not there or cannot be read: the text says what, where it was sought, how to mend it."""
+from models.datasets.errors import DataError as DataError
 
 
 @dataclass(frozen=True)
