@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
+from typing import Annotated
 
 import msgspec
 
 BLOCK_ELEMENTS = 2**18
 MAX_BLOCKS = 2**20
+MAX_SIDES = 64
 
 
 class LayoutError(ValueError):
@@ -25,7 +27,7 @@ class Parameter(msgspec.Struct, frozen=True, array_like=True):
     """One tensor of the model. `group` names what is pulled together: one layer, one expert."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_SIDES)]
     group: str
 
     @property
@@ -77,11 +79,12 @@ def cut_layout(parameters: Iterable[Parameter], block_elements: int = BLOCK_ELEM
                 f"parameter {parameter.name!r} has shape {parameter.shape}, which holds no element; "
                 "every side must be at least 1"
             )
+        # Before cutting: a peer's layout may claim any shape.
+        if len(blocks) + -(-parameter.elements // block_elements) > MAX_BLOCKS:
+            raise LayoutError(f"the model cuts into more than {MAX_BLOCKS} blocks of {block_elements} elements")
         for start in range(0, parameter.elements, block_elements):
             size = min(block_elements, parameter.elements - start)
             blocks.append(Block(len(blocks), parameter.name, start, size, parameter.group))
-        if len(blocks) > MAX_BLOCKS:
-            raise LayoutError(f"the model cuts into more than {MAX_BLOCKS} blocks of {block_elements} elements")
     if not blocks:
         raise LayoutError("the model declares no parameter; a layout needs at least one")
     return Layout(parameters, tuple(blocks))
