@@ -1,5 +1,6 @@
 """Low-resolution encodings: one file a member, one interface, compiled kernels."""
 
+from paramserver.encoding import bf16, fp32, int8  # noqa: F401 - each registers itself in the family
 from paramserver.encoding.base import (
     DEFAULT_TILE,
     Encoding,
@@ -8,5 +9,6 @@ from paramserver.encoding.base import (
     make_encoding,
     parse_encoding,
 )
+from paramserver.encoding.member import warm_up
 
-__all__ = ["DEFAULT_TILE", "Encoding", "EncodingError", "encoding_names", "make_encoding", "parse_encoding"]
+__all__ = ["DEFAULT_TILE", "Encoding", "EncodingError", "encoding_names", "make_encoding", "parse_encoding", "warm_up"]

@@ -1,0 +1,29 @@
+"""bf16: the upper half of a float32, rounded to nearest, half to even.
+
+What would round up to infinity becomes the largest finite value, so that finite input gives a finite
+frame. decode(frame) + new residual equals values + residual exactly.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from paramserver.encoding.base import Bytes, register
+from paramserver.encoding.member import CompiledEncoding
+
+
+@register
+class Bf16(CompiledEncoding):
+    """2 bytes an element, no scales, 8 significant bits."""
+
+    name: ClassVar[str] = "bf16"
+    kind: ClassVar[int] = 1
+    lossless: ClassVar[bool] = False
+
+    def frame_bytes(self, elements: int) -> int:
+        return 2 * elements
+
+    def _is_finite(self, frame: Bytes, elements: int) -> bool:
+        from paramserver.encoding import kernels
+
+        return bool(kernels.largest_bits16(frame, elements) < 0x7F80)

@@ -1,0 +1,25 @@
+"""fp32: the float32 values themselves, little-endian. Lossless: a residual is spent and left at zero."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from paramserver.encoding.base import Bytes, register
+from paramserver.encoding.member import CompiledEncoding
+
+
+@register
+class Fp32(CompiledEncoding):
+    """4 bytes an element, no scales. decode gives values + residual as float32 adds them."""
+
+    name: ClassVar[str] = "fp32"
+    kind: ClassVar[int] = 0
+    lossless: ClassVar[bool] = True
+
+    def frame_bytes(self, elements: int) -> int:
+        return 4 * elements
+
+    def _is_finite(self, frame: Bytes, elements: int) -> bool:
+        from paramserver.encoding import kernels
+
+        return bool(kernels.largest_bits32(frame, elements) < 0x7F800000)

@@ -1,0 +1,60 @@
+"""What every member checks of its arrays before compiled code, which trusts sizes and types, gets them.
+
+A wrong array here is the caller's fault and raises TypeError or ValueError; a wrong frame is the peer's
+and raises EncodingError.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from paramserver.encoding.base import Bytes, EncodingError, Float32
+
+
+def readable(frame: Bytes) -> Bytes:
+    """A read-only view: kernels are compiled for read-only frames alone, so that there is one variant of each."""
+    _expect(frame, np.dtype(np.uint8), "frame")
+    view = frame.view()
+    view.flags.writeable = False
+    return view
+
+
+def sized(frame: Bytes, size: int, what: str) -> Bytes:
+    """The same for a frame that must have `size` bytes. Raises EncodingError("wrong-size")."""
+    if frame.size != size:
+        raise EncodingError("wrong-size", f"a frame of {frame.size} bytes, but {what} takes {size}")
+    return readable(frame)
+
+
+def expect_float32(array: Float32, name: str, size: int | None = None) -> None:
+    """Raise unless the array is flat, C-contiguous, writable float32 (of `size` elements, where given)."""
+    _expect(array, np.dtype(np.float32), name)
+    if size is not None and array.size != size:
+        raise ValueError(f"{name} has {array.size} elements, it must have {size}")
+    if not array.flags.writeable:
+        raise ValueError(f"{name} is read-only; hand in a writable array")
+
+
+def input_values(values: Float32) -> Float32:
+    """Values to encode, as the one variant that kernels are compiled for: read-only, C-contiguous, aligned."""
+    _expect(values, np.dtype(np.float32), "values")
+    view = values.view()
+    view.flags.writeable = False
+    return view
+
+
+def output_frame(frame: Bytes, size: int) -> None:
+    """Raise unless the frame is a writable uint8 array of `size` bytes."""
+    _expect(frame, np.dtype(np.uint8), "frame")
+    if frame.size != size or not frame.flags.writeable:
+        state = "writable" if frame.flags.writeable else "read-only"
+        raise ValueError(f"frame is {state} and has {frame.size} bytes; it must be writable and have {size}")
+
+
+def _expect(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], dtype: np.dtype[np.generic], name: str) -> None:
+    flags = array.flags
+    if array.dtype != dtype or array.ndim != 1 or not flags.c_contiguous or not flags.aligned:
+        raise TypeError(
+            f"{name} is {array.dtype} of shape {array.shape} (contiguous: {flags.c_contiguous}, aligned: "
+            f"{flags.aligned}); it must be a flat, contiguous, aligned {dtype} array"
+        )

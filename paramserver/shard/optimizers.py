@@ -1,0 +1,158 @@
+"""The optimisers that a shard runs: one class each over one fused kernel. Formulas and defaults follow torch.optim.
+
+They hold settings only; a block's state lies with the block. No thread, clock or I/O: two threads may
+apply to different blocks at once, and the kernels run without the GIL.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import ClassVar
+
+import numpy as np
+
+from paramserver.encoding import Encoding
+from paramserver.encoding import warm_up as warm_up_encoding
+from paramserver.encoding.base import Bytes, Float32
+from paramserver.encoding.frames import expect_float32, sized
+from paramserver.job import OptimizerSettings
+from paramserver.shard import kernels
+
+State = tuple[Float32, ...]
+
+
+class Optimizer(ABC):
+    """How an update changes a block's weights. `slots` is how many float32 of state an element needs."""
+
+    slots: ClassVar[int]
+
+    def __init__(self, settings: OptimizerSettings) -> None:
+        self._settings = settings
+
+    def state(self, elements: int) -> State:
+        """Fresh state of a block, owned by the caller: `slots` arrays (elements,)."""
+        return tuple(np.zeros(elements, np.float32) for _ in range(self.slots))
+
+    def apply(
+        self,
+        weights: Float32,
+        state: State,
+        updates_before: int,
+        encoding: Encoding,
+        frame: Bytes,
+        lr_factor: float = 1.0,
+    ) -> None:
+        """Decode a gradient and take one step, changing `weights` (n,) and `state` in place.
+
+        The frame must have passed `encoding.check`; it may be read-only and unaligned. `updates_before` is
+        how many updates this block applied before this one; `lr_factor` multiplies the learning rate.
+        Raises EncodingError("wrong-size") for a frame of another block's size, changing nothing.
+        """
+        expect_float32(weights, "weights")
+        if len(state) != self.slots:
+            raise ValueError(f"{type(self).__name__} keeps {self.slots} arrays of state, was given {len(state)}")
+        for array in state:
+            expect_float32(array, "optimiser state", weights.size)
+        frame = _checked(encoding, frame, weights.size)
+        self._apply((encoding.kind, encoding.tile, frame, weights, *state), updates_before, lr_factor)
+
+    @abstractmethod
+    def _apply(self, arrays: tuple[object, ...], updates_before: int, lr_factor: float) -> None:
+        """Call the kernel with (kind, tile, frame, weights, *state) and this step's float32 factors."""
+
+
+class Sgd(Optimizer):
+    slots = 0
+
+    def _apply(self, arrays: tuple[object, ...], updates_before: int, lr_factor: float) -> None:
+        kernels.sgd(*arrays, np.float32(self._settings.lr * lr_factor))
+
+
+class Momentum(Optimizer):
+    """Heavy ball, without dampening: torch.optim.SGD(momentum=...). State: velocity."""
+
+    slots = 1
+
+    def _apply(self, arrays: tuple[object, ...], updates_before: int, lr_factor: float) -> None:
+        kernels.momentum(*arrays, np.float32(self._settings.lr * lr_factor), np.float32(self._settings.momentum))
+
+
+class Nesterov(Optimizer):
+    """torch.optim.SGD(momentum=..., nesterov=True). State: velocity."""
+
+    slots = 1
+
+    def _apply(self, arrays: tuple[object, ...], updates_before: int, lr_factor: float) -> None:
+        kernels.nesterov(*arrays, np.float32(self._settings.lr * lr_factor), np.float32(self._settings.momentum))
+
+
+class Adagrad(Optimizer):
+    """Duchi et al. 2011, torch.optim.Adagrad. State: sum of squares, from initial_accumulator."""
+
+    slots = 1
+
+    def state(self, elements: int) -> State:
+        return (np.full(elements, self._settings.initial_accumulator, np.float32),)
+
+    def _apply(self, arrays: tuple[object, ...], updates_before: int, lr_factor: float) -> None:
+        kernels.adagrad(*arrays, np.float32(self._settings.lr * lr_factor), np.float32(self._settings.epsilon))
+
+
+class Adam(Optimizer):
+    """Kingma and Ba 2015, torch.optim.Adam. State: mean, mean square. Bias correction counts the block's updates."""
+
+    slots = 2
+
+    def _apply(self, arrays: tuple[object, ...], updates_before: int, lr_factor: float) -> None:
+        beta1, beta2 = self._settings.betas
+        step = self._settings.lr * lr_factor / (1 - beta1 ** (updates_before + 1))
+        root = 1 / math.sqrt(1 - beta2 ** (updates_before + 1))
+        factors = (step, root, beta1, beta2, 1 - beta1, 1 - beta2, self._settings.epsilon)
+        kernels.adam(*arrays, *map(np.float32, factors))
+
+
+class Rmsprop(Optimizer):
+    """Hinton 2012, torch.optim.RMSprop. State: mean square."""
+
+    slots = 1
+
+    def _apply(self, arrays: tuple[object, ...], updates_before: int, lr_factor: float) -> None:
+        decay = self._settings.decay
+        factors = (self._settings.lr * lr_factor, decay, 1 - decay, self._settings.epsilon)
+        kernels.rmsprop(*arrays, *map(np.float32, factors))
+
+
+_MEMBERS: dict[str, type[Optimizer]] = {
+    "sgd": Sgd,
+    "momentum": Momentum,
+    "nesterov": Nesterov,
+    "adagrad": Adagrad,
+    "adam": Adam,
+    "rmsprop": Rmsprop,
+}
+
+
+def make_optimizer(settings: OptimizerSettings) -> Optimizer:
+    """The optimiser that the job's settings name; the job has checked the name."""
+    return _MEMBERS[settings.name](settings)
+
+
+def decode_add(encoding: Encoding, frame: Bytes, out: Float32) -> None:
+    """out (n,) += the values of a checked frame, in one pass."""
+    expect_float32(out, "out")
+    kernels.decode_add(encoding.kind, encoding.tile, _checked(encoding, frame, out.size), out)
+
+
+def warm_up(optimizer: Optimizer, encodings: Iterable[Encoding]) -> None:
+    """Compile, or load from the disk cache, all that the hot path calls, so that the first push pays nothing."""
+    for encoding in encodings:
+        warm_up_encoding(encoding)
+        weights, frame = np.zeros(3, np.float32), np.zeros(encoding.frame_bytes(3), np.uint8)
+        optimizer.apply(weights, optimizer.state(3), 0, encoding, frame)
+        decode_add(encoding, frame, weights)
+
+
+def _checked(encoding: Encoding, frame: Bytes, elements: int) -> Bytes:
+    return sized(frame, encoding.frame_bytes(elements), f"a block of {elements} elements in {encoding.identifier}")
