@@ -110,6 +110,7 @@ class _Socket:
             raise TransportError(f"no socket can be opened ({error}); close some, or raise `ulimit -n`") from error
         for option, value in _OPTIONS.items():
             self.socket.setsockopt(option, value)
+        self._receive_timeout = -1.0  # what the socket was last told, in seconds
         name = f"inproc://monitor-{next(_MONITOR_NAMES)}"
         self.socket.monitor(name, self._events)
         self._monitor: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
@@ -182,13 +183,19 @@ class _Socket:
         if self._until_look <= 0:
             self.look_at_monitor()
         recv = self.socket.recv
+        flags = 0
+        if timeout_seconds <= 0:
+            flags = zmq.NOBLOCK
+        elif timeout_seconds != self._receive_timeout:
+            self._receive_timeout = timeout_seconds
+            self.socket.setsockopt(zmq.RCVTIMEO, _ms(timeout_seconds))
         try:
-            frame = recv(zmq.NOBLOCK, copy=False)
+            # One blocking call: a poll before it costs a sixth of a small round trip. After a signal
+            # whose handler returns, pyzmq begins it again with the whole timeout.
+            frame = recv(flags, copy=False)
         except zmq.Again:
             self.look_at_monitor()
-            if timeout_seconds <= 0 or not zmq.zmq_poll([(self.socket, zmq.POLLIN)], _ms(timeout_seconds)):
-                return None
-            frame = recv(zmq.NOBLOCK, copy=False)
+            return None
         peer = b""
         if has_peer:
             # The routing identity is the transport's own: it counts neither as a frame nor as bytes.
