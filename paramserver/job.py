@@ -237,6 +237,19 @@ def load_function(reference: str) -> Callable[..., Any]:
 # ------------------------------------------------------------------------------------- reading
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML as the standard has it: a field that is given twice is an error, not the last one's victory."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def parse_job(content: object, source: str = "job") -> Job:
     """Check a specification. Raises JobError with one line a problem, each naming source and field."""
     if not isinstance(content, Mapping):
@@ -270,8 +283,10 @@ def parse_job(content: object, source: str = "job") -> Job:
 def parse_job_text(text: str, source: str = "job") -> Job:
     """The same from YAML or JSON text."""
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        content = yaml.load(text, _StrictLoader)
+    except RecursionError:
+        raise JobError(f"{source}: nested too deep to be a job specification") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: an impossible date, for example
         raise JobError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
     return parse_job(content, source)
 

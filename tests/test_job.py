@@ -1,0 +1,235 @@
+"""The job specification: what is refused, in which words, and what survives being resolved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paramserver.job import Job, JobError, check_data, families, job_schema, load_job, parse_job, parse_job_text
+
+SMALLEST: dict[str, Any] = {"name": "small", "model": {"family": "recurrent", "args": {"task": "char-lm"}}}
+
+
+def job(**sections: Any) -> Job:
+    return parse_job({**SMALLEST, **sections})
+
+
+def refusal(**sections: Any) -> str:
+    with pytest.raises(JobError) as caught:
+        job(**sections)
+    return str(caught.value)
+
+
+def test_the_smallest_job_gets_every_default() -> None:
+    small = job()
+    assert (small.cluster.shards, small.cluster.workers) == (2, 2)
+    assert small.consistency.mode == "async"
+    assert small.push.encoding == "fp32"
+    assert small.model.args["cell"] == "lstm"  # the family's defaults are filled in as well
+    assert small.data["name"] == "python-source"
+    assert small.data["batch"] == 16
+
+
+def test_a_resolved_job_reads_back_as_the_same_job() -> None:
+    full = job(consistency={"mode": "bounded", "slack": 4}, push={"encoding": "int8"}, optimizer={"name": "adam"})
+    text = full.json_text()
+    assert "\n" not in text
+    assert parse_job_text(text) == full
+
+
+def test_a_job_cannot_be_changed_once_read() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        job().seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("sections", "parts"),
+    [
+        ({"modle": {}}, ["job: modle: unknown field", "did you mean 'model'?"]),
+        ({"push": {"encodng": "int8"}}, ["job: push.encodng: unknown field", "did you mean 'encoding'?", "tile"]),
+        ({"push": {"encoding": "in8"}}, ["job: push: unknown encoding 'in8'", "did you mean 'int8'?", "bf16"]),
+        ({"push": {"encoding": "int8", "tile": 63}}, ["job: push: tile 63", "power of two"]),
+        ({"pull": {"encoding": "int8"}}, ["job: pull: pull encoding 'int8'", "use 'fp32' or 'bf16'"]),
+        ({"pull": {"fresh": False}}, ["job: pull: fresh: false", "not supported yet"]),
+        ({"optimizer": {"name": "adagrd"}}, ["job: optimizer.name: found 'adagrd'", "did you mean 'adagrad'?", "'adam'"]),
+        ({"optimizer": {"lr": -1}}, ["job: optimizer.lr: found -1", "greater than 0"]),
+        ({"optimizer": {"lr": "fast"}}, ["job: optimizer.lr: found 'fast'", "valid number"]),
+        ({"optimizer": {"lr": float("nan")}}, ["job: optimizer.lr: found nan"]),
+        ({"optimizer": {"lr": float("inf")}}, ["job: optimizer.lr: found inf"]),
+        ({"optimizer": {"where": "worker"}}, ["job: optimizer.where", "not supported yet", "use 'server'"]),
+        ({"consistency": {"mode": "bounded"}}, ["job: consistency", "needs slack"]),
+        ({"consistency": {"mode": "async", "slack": 4}}, ["job: consistency", "slack belongs to mode 'bounded'"]),
+        ({"consistency": {"mode": "async", "quorum": 2}}, ["job: consistency", "quorum belongs to mode 'sync'"]),
+        ({"consistency": {"mode": "sync", "quorum": 3}}, ["consistency.quorum 3", "cluster.workers 2", "never fill"]),
+        ({"consistency": {"mode": "elastic"}}, ["job: consistency.mode: 'elastic' is not supported yet", "'sync'"]),
+        ({"consistency": {"mode": "boundd"}}, ["job: consistency.mode: found 'boundd'", "did you mean 'bounded'?"]),
+        ({"durability": {"log": "journal"}}, ["job: durability", "not supported yet"]),
+        ({"durability": {"backups": 1}}, ["job: durability", "not supported yet"]),
+        ({"routing": {"mode": "affinity"}}, ["job: routing.mode: 'affinity' is not supported yet", "'random'"]),
+        ({"cluster": {"shards": 0}}, ["job: cluster.shards: found 0", "greater than or equal to 1"]),
+        ({"cluster": {"workers": "two"}}, ["job: cluster.workers: found 'two'"]),
+        ({"cluster": 2}, ["job: cluster: found 2"]),
+        ({"stop": {"epochs": 0}}, ["job: stop.epochs: found 0"]),
+        ({"name": "../escape"}, ["job: name: found '../escape'"]),
+        ({"name": ""}, ["job: name: found ''"]),
+        ({"name": "a\n"}, ["job: name: found 'a\\n'"]),
+        ({"seed": -1}, ["job: seed: found -1"]),
+        ({"device": "gpu"}, ["job: device: found 'gpu'"]),
+        ({"model": {"family": "recurent"}}, ["job: model.family: unknown family 'recurent'", "did you mean 'recurrent'?"]),
+        (
+            {"model": {"family": "recurrent", "args": {"task": "char-lm", "cell": "lstn"}}},
+            ["job: model.args.cell: found 'lstn'", "did you mean 'lstm'?"],
+        ),
+        (
+            {"model": {"family": "recurrent", "args": {"task": "char-lm", "hiden": 8}}},
+            ["job: model.args.hiden: unknown field", "did you mean 'hidden'?"],
+        ),
+        ({"model": {"family": "recurrent", "args": {}}}, ["job: model.args.task: missing"]),
+        ({"data": {"name": "ptbb"}}, ["job: data.name: found 'ptbb'", "did you mean 'ptb'?"]),
+        ({"data": {"batch": 0}}, ["job: data.batch: found 0"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_refused_with_where_found_and_allowed(sections: dict[str, Any], parts: list[str]) -> None:
+    text = refusal(**sections)
+    for part in parts:
+        assert part in text
+
+
+def test_every_problem_is_told_at_once() -> None:
+    lines = refusal(stop={"epochs": 0}, seed="x", optimizer={"lr": 0}).splitlines()
+    assert [line.split(":")[1].strip() for line in lines] == ["seed", "optimizer.lr", "stop.epochs"]
+
+
+def test_problems_of_model_and_data_are_told_together() -> None:
+    lines = refusal(model={"family": "recurrent", "args": {"task": "x"}}, data={"batch": -1}).splitlines()
+    assert len(lines) == 2
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    assert len(refusal(name="x" * 10_000)) < 400
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a: [", "not readable as YAML"),
+        ("", "is a mapping of fields, found None"),
+        ("- a", "is a mapping of fields, found ['a']"),
+        ("? [a, b]\n: c\n", "unhashable key"),
+        ("name: !!python/object:os.system x", "not readable as YAML"),
+        ("1: 2", "keys should be strings"),
+        ("name: 2001-13-40", "not readable as YAML"),
+    ],
+)
+def test_text_that_is_no_job_is_refused(text: str, part: str) -> None:
+    with pytest.raises(JobError, match=r".+") as caught:
+        parse_job_text(text, "f.yaml")
+    assert str(caught.value).startswith("f.yaml: ")
+    assert part in str(caught.value)
+
+
+def test_a_field_that_is_given_twice_is_refused() -> None:
+    text = "name: a\nseed: 1\nseed: 2\nmodel: {family: recurrent, args: {task: char-lm}}\n"
+    with pytest.raises(JobError, match="f.yaml: .*'seed' is given twice"):
+        parse_job_text(text, "f.yaml")
+
+
+def test_a_deeply_nested_text_is_refused_and_does_not_crash() -> None:
+    with pytest.raises(JobError, match="nested too deep"):
+        parse_job_text("[" * 100_000, "f.yaml")
+
+
+def test_expanding_aliases_do_not_fill_the_memory() -> None:
+    levels = "\n".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]" for n in range(1, 12))
+    with pytest.raises(JobError) as caught:
+        parse_job_text(f"l0: &l0 x\n{levels}\n", "f.yaml")
+    assert len(str(caught.value)) < 20_000
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: (
+    st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers() | st.sampled_from(sorted(Job.model_fields)), inner, max_size=4)
+), max_leaves=8))  # fmt: skip
+def test_any_content_is_a_job_or_a_job_error(content: object) -> None:
+    try:
+        parse_job(content)
+    except JobError as error:
+        assert str(error)
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_job_or_a_job_error(text: str) -> None:
+    try:
+        parse_job_text(text)
+    except JobError as error:
+        assert str(error)
+
+
+def test_a_missing_file_and_a_binary_file_are_told(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"absent.yaml: there is no such file"):
+        load_job(tmp_path / "absent.yaml")
+    with pytest.raises(JobError, match="not readable"):
+        load_job(tmp_path)
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(JobError, match=r"binary.yaml: not readable"):
+        load_job(binary)
+
+
+def test_data_that_is_not_here_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PARAMSERVER_DATA", str(tmp_path))
+    with pytest.raises(JobError, match=r"^data: data set 'ptb'.*PARAMSERVER_DATA"):
+        check_data(job(data={"name": "ptb"}))
+    with pytest.raises(JobError, match=r"^data: .*absent.txt"):
+        check_data(job(data={"name": "text-file", "path": str(tmp_path / "absent.txt")}))
+    check_data(job())
+
+
+@pytest.mark.parametrize(
+    ("sections", "part"),
+    [
+        ({"optimizer": {"name": "momentum"}, "cluster": {"workers": 4}}, "known to diverge beyond 2"),
+        ({"optimizer": {"name": "sgd"}}, "loses accuracy with every worker"),
+        ({"consistency": {"damping": "sqrt"}}, "helps 'sgd' only"),
+        ({"optimizer": {"clip": None}}, "clip is off"),
+    ],
+)
+def test_what_is_known_not_to_converge_warns(sections: dict[str, Any], part: str) -> None:
+    assert any(part in warning for warning in job(**sections).warnings())
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"optimizer": {"name": "momentum"}, "cluster": {"workers": 4}, "consistency": {"mode": "sync"}},
+        {"optimizer": {"name": "sgd"}, "consistency": {"damping": "sqrt"}},
+        {"optimizer": {"name": "sgd", "clip": None}, "cluster": {"workers": 1}},
+    ],
+)
+def test_what_is_known_to_work_does_not_warn(sections: dict[str, Any]) -> None:
+    assert job(**sections).warnings() == []
+
+
+def test_the_schema_names_every_field_and_what_each_family_takes() -> None:
+    schema = job_schema()
+    json.dumps(schema)
+    assert set(schema["properties"]) == set(Job.model_fields)
+    assert set(schema["x-families"]) == set(families())
+    assert "hidden" in schema["x-families"]["recurrent"]["args"]["properties"]
+    assert {"fp32", "bf16", "int8"} <= set(schema["x-encodings"])
+
+
+def test_the_examples_are_valid_jobs() -> None:
+    found = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
+    assert {path.stem for path in found} >= {"char-lm", "ptb-word-lm", "shakespeare"}
+    for path in found:
+        example = load_job(path)
+        assert example.name == path.stem
+        assert example.warnings() == []
+        assert yaml.safe_load(path.read_text())["cluster"] == {"shards": 2, "workers": 2}
