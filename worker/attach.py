@@ -1,0 +1,137 @@
+"""The library form: any torch training script becomes a worker of shards that serve its job.
+
+    with attach(model, shards, job="char-lm", worker="mine") as attached:
+        for batch in batches:
+            loss(model, batch).backward()
+            attached.push({name: p.grad for name, p in model.named_parameters()})
+            model.zero_grad()
+
+The worker process is built on the same Replica and Exchange.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.task import Parameter
+from paramserver.encoding import make_encoding
+from paramserver.protocol.messages import ShardAddress
+from paramserver.protocol.transport import Transport
+from worker.client import Identity
+from worker.counters import Counters
+from worker.exchange import Codec, Exchange
+from worker.replica import Replica
+from worker.stages import from_module
+
+
+class Attached:
+    """A model whose parameters live on shards. Used from one thread. Made by `attach`."""
+
+    def __init__(self, replica: Replica, exchange: Exchange, counters: Counters, owned: Transport | None) -> None:
+        self.replica = replica
+        self.counters = counters
+        self._exchange = exchange
+        self._owned = owned
+        self._editions = replica.editions.copy()
+
+    def initialise(self) -> None:
+        """Give the shards the model's present values as the first ones; the same values may be given again."""
+        self._exchange.initialise()
+
+    def pull(self) -> None:
+        """Write the shards' present values into the model, and wait for it."""
+        self._exchange.pull(self.counters.steps)
+        self._editions = self.replica.editions.copy()
+
+    def push(self, gradients: Mapping[str, Tensor]) -> None:
+        """Push gradients by parameter name, computed on what the last call left in the model.
+
+        Waits until they are acknowledged and fresh values are written into the model. A refused update is
+        held back and goes out with the next one. Raises JobFailure where the shards refuse for good.
+        """
+        self.counters.steps += 1
+        self._exchange.begin(gradients, self._editions, self.counters.steps)
+        self._exchange.settle()
+        self._editions = self.replica.editions.copy()
+
+    def close(self) -> None:
+        """Flush what encodings hold back, then disconnect."""
+        try:
+            self._exchange.flush(self.counters.steps)
+        finally:
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        self._exchange.close()
+        if self._owned is not None:
+            self._owned.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._disconnect()  # a flush might wait for the very shards that failed
+
+
+def attach(
+    model: torch.nn.Module | Mapping[str, Tensor] | Sequence[Parameter],
+    shards: Sequence[ShardAddress],
+    *,
+    job: str,
+    worker: str,
+    incarnation: int | None = None,
+    term: int = 0,
+    encoding: str = "fp32",
+    tile: int = 64,
+    deadline_seconds: float = 5.0,
+    transport: Transport | None = None,
+) -> Attached:
+    """Connect a model to the shards that hold its blocks.
+
+    Args:
+        model: its float32 parameters, in layout order. The layout must be the one that the shards serve.
+        shards: where each block is; together every block once.
+        incarnation: must grow with every process of this worker name; the wall clock where it is not given.
+        encoding, tile: of updates; the job must allow it.
+        transport: where it is not given, ZeroMQ, closed with the result.
+
+    Raises ValueError for parameters that are not float32, TransportError for an address that is none.
+    """
+    if isinstance(model, torch.nn.Module):
+        parameters: Sequence[Parameter] = from_module(dict(model.named_parameters()))
+    elif isinstance(model, Mapping):
+        parameters = from_module(model)
+    else:
+        parameters = model
+    replica = Replica(parameters)
+    owned: Transport | None = None
+    if transport is None:
+        from paramserver.protocol.zeromq import ZeroMQTransport  # a script that brings its own needs no zmq
+
+        transport = owned = ZeroMQTransport()
+    counters = Counters()
+    exchange = Exchange(
+        transport,
+        shards,
+        Identity(
+            job, worker, time.time_ns() // 1000 if incarnation is None else incarnation, replica.layout.fingerprint
+        ),
+        term,
+        replica,
+        Codec(make_encoding(encoding, tile), deadline_seconds),
+        counters,
+        np.zeros(len(replica.layout.blocks), np.int64),
+    )
+    return Attached(replica, exchange, counters, owned)

@@ -1,0 +1,401 @@
+"""One shard as a worker sees it: every request is answered, or sent again with the same bytes.
+
+`ShardClient` decides and sends; it reads no clock and waits for nothing: the exchange around it receives
+messages, says what time it is, and asks when the next deadline is due.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import Protocol
+
+import msgspec
+
+from paramserver.process import log
+from paramserver.protocol.framing import encode_message
+from paramserver.protocol.messages import (
+    BlockValue,
+    Held,
+    Hello,
+    Initialise,
+    Initialised,
+    Message,
+    Pull,
+    Pulled,
+    Push,
+    Pushed,
+    Refusal,
+    RefusedUpdate,
+    Tick,
+    Want,
+    Welcome,
+)
+from paramserver.protocol.transport import Channel, Malformed, Received, Sending
+from worker.buffers import Bytes
+from worker.counters import Counters
+from worker.errors import JobFailure, WorkerError
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 2.0  # before asking again what was refused for now
+LONGEST_DEADLINES = 4  # the deadline of a resent request grows up to so many times the first
+SILENT_DEADLINES = 2  # so long without a word from the shard, and the connection is taken for dead
+
+# Refused for now: the shard has not got its order, its blocks or our Hello yet. Ask again.
+TRANSIENT = frozenset({"wrong-job", "wrong-term", "not-initialised", "unknown-worker"})
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who pushes, for which job and layout."""
+
+    job: str
+    worker: str
+    incarnation: int
+    layout: str  # fingerprint
+
+
+@dataclass
+class Request:
+    """A message that must be answered. `frames` may not change until it is complete and its sendings are done."""
+
+    message: Push | Pull | Initialise
+    frames: list[Bytes] = field(default_factory=list)
+    undecided: dict[int, int] = field(default_factory=dict)  # block -> position, of updates without a verdict
+    awaited: set[int] = field(default_factory=set)  # blocks whose value has not come
+    is_unconfirmed: bool = False  # an Initialise without its Initialised
+    is_held: bool = False  # its pull waits for slower workers
+    has_final_refusals: bool = False
+    due: float = 0.0
+    attempts: int = 0
+    sendings: list[Sending] = field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        return not (self.undecided or self.awaited or self.is_unconfirmed)
+
+
+class Sink(Protocol):
+    """Who asked: told what became of each part of a request. Called from `handle`."""
+
+    def refused_update(self, request: Request, position: int, why: RefusedUpdate) -> None:
+        """An update that is refused for good: it changed nothing on the shard."""
+
+    def value(self, value: BlockValue, frame: memoryview | None) -> bool:
+        """A block's value came; False where it is unusable and must be asked for again."""
+
+    def completed(self, request: Request) -> None:
+        """Every part is answered; the frames are free once the sendings are done."""
+
+
+class ShardClient:
+    """One channel to one shard. Used from one thread.
+
+    Args:
+        channel: connected to the shard; owned from now on.
+        deadline_seconds: how long an answer may take before the same bytes are sent again.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        shard: str,
+        identity: Identity,
+        term: int,
+        deadline_seconds: float,
+        counters: Counters,
+        sink: Sink,
+    ) -> None:
+        self.channel = channel
+        self.shard = shard
+        self.term = term
+        self._identity = identity
+        self._deadline = deadline_seconds
+        self._counters = counters
+        self._sink = sink
+        self._requests: dict[int, Request] = {}
+        self._is_welcome = False
+        self._hello_due = 0.0
+        self._hello_attempts = 0
+        self._silent_since: float | None = None
+        self._reconnections_seen = channel.reconnections
+
+    # ------------------------------------------------------------------ what is asked
+
+    @property
+    def requests(self) -> Sequence[Request]:
+        """Those without a complete answer, oldest first."""
+        return list(self._requests.values())
+
+    @property
+    def undecided(self) -> int:
+        """Requests with updates or first values that have no verdict yet."""
+        return sum(bool(request.undecided or request.is_unconfirmed) for request in self._requests.values())
+
+    @property
+    def is_settled(self) -> bool:
+        return not self._requests
+
+    def submit(self, request: Request, now: float) -> None:
+        """Send a request as soon as the shard has answered our Hello."""
+        self._requests[request.message.request] = request
+        if self._is_welcome:
+            self._transmit(request, now)
+
+    def tick(self, step: int) -> None:
+        """Tell the worker's clock. Not answered, not repeated."""
+        identity = self._identity
+        self._send(Tick(job=identity.job, worker=identity.worker, incarnation=identity.incarnation, step=step))
+
+    def forget_pulls(self) -> None:
+        """Wait no longer for values; updates stay until they are decided."""
+        for request in self.requests:
+            request.awaited.clear()
+            self._finish_if_complete(request)
+
+    def poll(self, now: float) -> float:
+        """Send what is due (again). Returns when the next deadline is due, inf where nothing is awaited."""
+        reconnections = self.channel.reconnections
+        self._counters.reconnections += max(0, reconnections - self._reconnections_seen)
+        self._reconnections_seen = reconnections
+        if not self._is_welcome:
+            if now >= self._hello_due:
+                self._greet(now)
+            return self._hello_due
+        due = [request for request in self._requests.values() if now >= request.due]
+        if due and self._is_silent(now):
+            self._reconnect(now)
+            return self._hello_due
+        for request in due:
+            self._counters.retries += 1
+            self._transmit(request, now)
+        return min((request.due for request in self._requests.values()), default=inf)
+
+    def describe(self) -> str:
+        """What is waited for, in a few words."""
+        where = f"{self.shard} at {self.channel.address}"
+        if not self._is_welcome:
+            return f"a welcome from {where} for job {self._identity.job}"
+        kinds = sorted({type(request.message).__name__.lower() for request in self._requests.values()})
+        return f"{len(self._requests)} answers ({', '.join(kinds)}) from {where}"
+
+    def close(self) -> None:
+        self.channel.close()
+
+    # ----------------------------------------------------------------- what is heard
+
+    def handle(self, received: Received | Malformed, now: float) -> None:
+        """Take one message from the shard. Late and repeated answers change nothing.
+
+        Raises JobFailure or WorkerError where the shard refuses what cannot be mended by asking again.
+        """
+        self._silent_since = None
+        self._counters.pull_bytes += received.message_bytes
+        if isinstance(received, Malformed):
+            self._counters.refusals["malformed"] += 1
+            log("malformed-answer", level="warning", shard=self.shard, reason=received.reason)
+            return
+        match received.message:
+            case Pushed() as pushed:
+                self._on_pushed(pushed, now)
+            case Pulled() as pulled:
+                self._on_pulled(pulled, received.frames, now)
+            case Held(request=number):
+                if (request := self._requests.get(number)) is not None:
+                    request.is_held = True
+            case Welcome(job=self._identity.job, term=term):
+                self._on_welcome(term, now)
+            case Initialised(request=number):
+                if (request := self._requests.get(number)) is not None:
+                    request.is_unconfirmed = False
+                    self._finish_if_complete(request)
+            case Refusal() as refusal:
+                self._on_refusal(refusal, now)
+            case Welcome():
+                pass  # of a job that is over
+            case other:
+                self._counters.refusals["not-served"] += 1
+                log("unexpected-answer", level="warning", shard=self.shard, message=type(other).__name__)
+
+    def _on_welcome(self, term: int, now: float) -> None:
+        self.term = max(self.term, term)
+        self._is_welcome = True
+        self._hello_attempts = 0
+        for request in self.requests:
+            if request.attempts:
+                self._counters.retries += 1
+            self._transmit(request, now)
+
+    def _on_pushed(self, pushed: Pushed, now: float) -> None:
+        request = self._requests.get(pushed.request)
+        if request is None or not isinstance(request.message, Push):
+            return
+        updates = request.message.updates
+        for verdict in pushed.acknowledged:
+            position = request.undecided.get(verdict.block)
+            if position is not None and updates[position].sequence == verdict.sequence:
+                del request.undecided[verdict.block]
+        for refusal in pushed.refused:
+            position = request.undecided.get(refusal.block)
+            if position is not None and updates[position].sequence == refusal.sequence:
+                self._on_refused_update(request, position, refusal, now)
+        self._finish_if_complete(request)
+
+    def _on_refused_update(self, request: Request, position: int, why: RefusedUpdate, now: float) -> None:
+        self._counters.refusals[why.code] += 1
+        if why.code in TRANSIENT:
+            self._pause(request, now)
+            return
+        if why.code == "out-of-order":
+            if why.expected > why.sequence:
+                del request.undecided[why.block]  # applied before: its acknowledgement was lost
+                return
+            raise JobFailure(
+                f"{self.shard} expects update {why.expected} of block {why.block}, but those up to "
+                f"{why.sequence - 1} were acknowledged: it lost acknowledged updates; submit the job again"
+            )
+        if why.code == "old-incarnation":
+            raise self._superseded(why.detail)
+        del request.undecided[why.block]
+        request.has_final_refusals = True
+        log("update-refused", level="warning", shard=self.shard, block=why.block, code=why.code, detail=why.detail)
+        self._sink.refused_update(request, position, why)
+
+    def _on_pulled(self, pulled: Pulled, frames: tuple[memoryview, ...], now: float) -> None:
+        request = self._requests.get(pulled.request)
+        if request is None:
+            return
+        position = 0
+        for value in pulled.values:
+            frame = frames[position] if value.frames else None
+            position += value.frames
+            if value.block in request.awaited and self._sink.value(value, frame):
+                request.awaited.discard(value.block)
+        was_held, request.is_held = request.is_held, False
+        if request.awaited:
+            self._pause(request, now)  # an unusable value: ask for it again
+        if was_held:
+            # A shard may keep only one held pull a worker: the policy has moved, so ask for the others again.
+            for other in self.requests:
+                if other.is_held:
+                    self._transmit(other, now)
+        self._finish_if_complete(request)
+
+    def _on_refusal(self, refusal: Refusal, now: float) -> None:
+        self._counters.refusals[refusal.code] += 1
+        code, request = refusal.code, self._requests.get(refusal.request)
+        if code == "old-incarnation":
+            raise self._superseded(refusal.detail)
+        if code == "wrong-version":
+            raise WorkerError(f"{self.shard}: {refusal.detail}; start workers and shards of the same release")
+        if code == "wrong-layout":
+            raise JobFailure(f"{self.shard}: {refusal.detail}; the workers and the job disagree about the model")
+        if code == "unknown-worker":
+            self._is_welcome = False
+            self._hello_due = now
+        elif not self._is_welcome:
+            self._hello_due = now + self._pause_seconds(self._hello_attempts)
+        elif request is None:
+            # Bytes that were damaged on their way, or a late answer: the deadline sends again what is awaited.
+            log("refused", level="warning", shard=self.shard, code=code, detail=refusal.detail)
+        elif code in TRANSIENT:
+            if code == "wrong-job":
+                self._is_welcome = False  # a shard that takes the job up again has forgotten our Hello
+                self._hello_due = now + FIRST_PAUSE_SECONDS
+            self._pause(request, now)
+        else:
+            raise JobFailure(f"{self.shard} refuses a {type(request.message).__name__} ({code}): {refusal.detail}")
+
+    # ------------------------------------------------------------------- what is sent
+
+    def _greet(self, now: float) -> None:
+        identity = self._identity
+        if self._hello_attempts >= SILENT_DEADLINES and self._is_silent(now):
+            self.channel.reset()
+            self._silent_since = now
+        self._send(
+            Hello(
+                worker=identity.worker,
+                incarnation=identity.incarnation,
+                job=identity.job,
+                layout=identity.layout,
+            )
+        )
+        self._silent_since = now if self._silent_since is None else self._silent_since
+        self._hello_attempts += 1
+        self._hello_due = now + min(self._deadline, LONGEST_PAUSE_SECONDS)
+
+    def _transmit(self, request: Request, now: float) -> None:
+        message, frames = self._as_sent(request)
+        request.sendings = [sending for sending in request.sendings if not sending.done]
+        request.sendings.append(self._send(message, frames))
+        request.due = now + self._deadline * min(2**request.attempts, LONGEST_DEADLINES)
+        request.attempts += 1
+        self._silent_since = now if self._silent_since is None else self._silent_since
+
+    def _as_sent(self, request: Request) -> tuple[Message, list[Bytes]]:
+        """What goes out: the same message each time, but for a new term and for parts that are decided."""
+        message, frames = request.message, request.frames
+        if message.term != self.term:
+            message = request.message = msgspec.structs.replace(message, term=self.term)
+        if not isinstance(message, Push):
+            return message, frames
+        if not request.undecided:
+            # All updates are decided: only values are missing, and asking for them is idempotent.
+            wants = tuple(want for want in message.wants if want.block in request.awaited)
+            return self._pull_of(message, wants), []
+        if request.has_final_refusals:
+            # What went back into the residual may not be applied after all.
+            kept = sorted(request.undecided.values())
+            updates = tuple(message.updates[position] for position in kept)
+            return msgspec.structs.replace(message, updates=updates), [frames[position] for position in kept]
+        return message, frames
+
+    def _pull_of(self, push: Push, wants: tuple[Want, ...]) -> Pull:
+        return Pull(
+            request=push.request,
+            job=push.job,
+            term=push.term,
+            phase=push.phase,
+            worker=push.worker,
+            incarnation=push.incarnation,
+            step=push.step,
+            wants=wants,
+        )
+
+    def _send(self, message: Message, frames: Sequence[Bytes] = ()) -> Sending:
+        views = [frame.data for frame in frames]
+        # The head is counted too; encoding it twice costs microseconds.
+        self._counters.push_bytes += sum(len(part) for part in encode_message(message, views))
+        return self.channel.send(message, views)
+
+    # ---------------------------------------------------------------------- patience
+
+    def _finish_if_complete(self, request: Request) -> None:
+        if request.is_complete and self._requests.pop(request.message.request, None) is not None:
+            self._sink.completed(request)
+
+    def _pause(self, request: Request, now: float) -> None:
+        request.due = now + self._pause_seconds(request.attempts)
+
+    @staticmethod
+    def _pause_seconds(attempts: int) -> float:
+        return float(min(FIRST_PAUSE_SECONDS * 2 ** min(attempts, 10), LONGEST_PAUSE_SECONDS))
+
+    def _is_silent(self, now: float) -> bool:
+        return self._silent_since is not None and now - self._silent_since >= SILENT_DEADLINES * self._deadline
+
+    def _reconnect(self, now: float) -> None:
+        log("shard-silent", level="warning", shard=self.shard, awaited=self.describe(), action="connect anew")
+        self.channel.reset()
+        self._counters.reconnections += 1
+        self._reconnections_seen = self.channel.reconnections
+        self._is_welcome = False
+        self._silent_since = None
+        self._hello_attempts = 0
+        self._greet(now)
+
+    def _superseded(self, detail: str) -> WorkerError:
+        return WorkerError(
+            f"{self.shard}: {detail}; a newer process carries the name {self._identity.worker!r}, this one ends"
+        )

@@ -1,0 +1,339 @@
+"""The exchange of a worker with all shards: one step's updates out, fresh values in.
+
+With overlap, `begin` returns when everything is on its way, the next batch is computed, and `settle`
+takes the answers in. A block has at most one update in flight, so its sequence has no gaps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from paramserver.encoding import Encoding, EncodingError, make_encoding, parse_encoding
+from paramserver.process import log
+from paramserver.protocol.framing import CUT_BYTES, batches_by_bytes
+from paramserver.protocol.messages import (
+    BlockUpdate,
+    BlockValue,
+    Initialise,
+    Pull,
+    Push,
+    RefusedUpdate,
+    ShardAddress,
+    Want,
+)
+from paramserver.protocol.transport import Transport
+from worker.buffers import BufferPool, Bytes
+from worker.client import Identity, Request, ShardClient
+from worker.counters import Counters
+from worker.errors import JobFailure
+from worker.replica import BlockGradients, Replica
+from worker.residual import ResidualStore
+
+IN_FLIGHT = 4  # undecided messages a shard: enough to hide a round trip, few enough for the shard's memory
+LONGEST_WAIT_SECONDS = 0.25  # how late a stop or a new order may be seen
+COMPLAIN_SECONDS = 10.0
+FP32_BYTES = 4
+
+Editions = npt.NDArray[np.int64]
+
+
+def always_go_on() -> None:
+    """The guard of an exchange that nobody takes away."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How updates are encoded, and how long an answer may take."""
+
+    encoding: Encoding
+    deadline_seconds: float = 5.0
+
+
+class Exchange:
+    """A worker's side of push and pull. Used from one thread.
+
+    Args:
+        placement: the shards and the blocks that each holds; together every block of the layout, once.
+        sequences: last sequence pushed for each block (blocks,); changed in place. It must outlive the exchange
+            where the same incarnation may take the same job up again.
+        guard: called at least every LONGEST_WAIT_SECONDS while something is awaited; raises to end the wait.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        placement: Sequence[ShardAddress],
+        identity: Identity,
+        term: int,
+        replica: Replica,
+        codec: Codec,
+        counters: Counters,
+        sequences: Editions,
+        guard: Callable[[], None] = always_go_on,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.residuals = ResidualStore(replica.layout)
+        self._transport = transport
+        self._identity = identity
+        self._term = term
+        self._replica = replica
+        self._encoding = codec.encoding
+        self._fp32 = make_encoding("fp32")
+        self._counters = counters
+        self._sequences = sequences
+        self._guard = guard
+        self._clock = clock
+        self._pool = BufferPool()
+        self._last_request = 0
+        self._clients: list[ShardClient] = []
+        self._cuts: list[list[tuple[int, ...]]] = []  # by shard: the blocks of each message
+        blocks = replica.layout.blocks
+        placed = sorted(block for shard in placement for block in shard.blocks)
+        if placed != list(range(len(blocks))):
+            raise JobFailure(f"the placement names {len(placed)} blocks, not each of the layout's {len(blocks)} once")
+        for shard in placement:
+            channel = transport.connect(shard.address)
+            deadline = codec.deadline_seconds
+            self._clients.append(ShardClient(channel, shard.shard, identity, term, deadline, counters, self))
+            # Cut by the larger of both ways at full precision, so that an answer fits into a message as well.
+            cuts = batches_by_bytes([FP32_BYTES * blocks[block].elements for block in shard.blocks], CUT_BYTES)
+            self._cuts.append([tuple(shard.blocks[position] for position in cut) for cut in cuts])
+
+    # --------------------------------------------------------------------- the calls
+
+    def begin(self, gradients: Mapping[str, Tensor], editions: Editions, step: int) -> None:
+        """Push gradients (by parameter name) and ask for fresh values of all blocks.
+
+        Returns when everything is encoded and on its way, so the gradients may change. `editions` (blocks,)
+        are those that the gradients were computed on; `step` counts the worker's finished steps, this one
+        included. What was in flight must be settled. Raises what the guard raises, and JobFailure.
+        """
+        views = self._replica.gradients(gradients)
+        self._post(self._push_jobs(views, editions, step))
+        for client, cuts in zip(self._clients, self._cuts, strict=True):
+            if not any(block in views for cut in cuts for block in cut):
+                client.tick(step)
+
+    def pull(self, step: int) -> None:
+        """Bring every block up to date and wait for it."""
+        self.ask(step)
+        self.settle()
+
+    def ask(self, step: int) -> None:
+        """Ask for fresh values of all blocks, without waiting: what a step without an update does."""
+        self._post(
+            (client, Request(self._pull_message(cut, step), awaited=set(cut))) for client, cut in self._interleaved()
+        )
+
+    def tick(self, step: int) -> None:
+        """Tell every shard the clock of a step that pushes nothing."""
+        for client in self._clients:
+            client.tick(step)
+
+    def settle(self) -> None:
+        """Wait until everything is answered and pulled values are written into the replica."""
+        self._wait(lambda: all(client.is_settled for client in self._clients))
+
+    def settle_pushes(self) -> None:
+        """Wait until every update has its verdict; values may still be on their way."""
+        self._wait(lambda: not any(client.undecided for client in self._clients))
+
+    def abandon_pulls(self) -> None:
+        """Wait for no more values: the step that they were for is not taken."""
+        for client in self._clients:
+            client.forget_pulls()
+
+    def initialise(self) -> None:
+        """Give the shards the replica's present values as the first ones, and wait until they have them."""
+
+        def requests() -> Iterable[tuple[ShardClient, Request]]:
+            for client, cut in self._interleaved():
+                message = Initialise(
+                    request=self._next_request(),
+                    job=self._identity.job,
+                    term=self._term,
+                    layout=self._identity.layout,
+                    blocks=cut,
+                )
+                frames = [self._encode(self._fp32, self._replica.values(block)) for block in cut]
+                yield client, Request(message, frames, is_unconfirmed=True)
+
+        self._post(requests())
+        self.settle()
+
+    def flush(self, step: int) -> None:
+        """Push every residual at full precision and wait until it is acknowledged.
+
+        A residual whose update is finally refused is held again, and counted as the update's refusal.
+        """
+        holding = set(self.residuals.blocks())
+
+        def requests() -> Iterable[tuple[ShardClient, Request]]:
+            for client, cut in self._interleaved():
+                blocks = [block for block in cut if block in holding]
+                if blocks:
+                    frames = [self._encode(self._fp32, self.residuals.of(block)) for block in blocks]
+                    for block in blocks:
+                        self.residuals.clear(block)
+                    yield client, self._push(blocks, frames, self._fp32, self._replica.editions, step, wants=())
+
+        self._post(requests())
+        self.settle_pushes()
+
+    def follow(self, term: int) -> None:
+        """Go on under a newer placement term."""
+        self._term = max(self._term, term)
+        for client in self._clients:
+            client.term = max(client.term, self._term)
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
+
+    # ------------------------------------------------------------------- the messages
+
+    def _interleaved(self) -> Iterable[tuple[ShardClient, tuple[int, ...]]]:
+        """Each message's blocks, one message of every shard in turn, so that all shards work at once."""
+        for turn in range(max(len(cuts) for cuts in self._cuts)):
+            for client, cuts in zip(self._clients, self._cuts, strict=True):
+                if turn < len(cuts):
+                    yield client, cuts[turn]
+
+    def _push_jobs(
+        self, gradients: BlockGradients, editions: Editions, step: int
+    ) -> Iterable[tuple[ShardClient, Request]]:
+        for client, cut in self._interleaved():
+            blocks = [block for block in cut if block in gradients]
+            if not blocks:
+                yield client, Request(self._pull_message(cut, step), awaited=set(cut))
+                continue
+            frames = []
+            for block in blocks:
+                # A lossless encoding needs a residual only where a refused update was taken back.
+                residual = self.residuals.find(block) if self._encoding.lossless else self.residuals.of(block)
+                frames.append(self._encode(self._encoding, gradients[block], residual))
+            yield client, self._push(blocks, frames, self._encoding, editions, step, self._wants(cut))
+
+    def _push(
+        self,
+        blocks: list[int],
+        frames: list[Bytes],
+        encoding: Encoding,
+        editions: Editions,
+        step: int,
+        wants: tuple[Want, ...],
+    ) -> Request:
+        updates = []
+        for block in blocks:
+            self._sequences[block] += 1
+            edition = int(editions[block])
+            updates.append(BlockUpdate(block, int(self._sequences[block]), max(edition, 0), encoding.identifier))
+        return Request(
+            Push(**self._head(step), updates=tuple(updates), wants=wants),
+            frames,
+            undecided={block: position for position, block in enumerate(blocks)},
+            awaited={want.block for want in wants},
+        )
+
+    def _pull_message(self, cut: Sequence[int], step: int) -> Pull:
+        return Pull(**self._head(step), wants=self._wants(cut))
+
+    def _wants(self, cut: Sequence[int]) -> tuple[Want, ...]:
+        return tuple([Want(block, int(self._replica.editions[block])) for block in cut])
+
+    def _head(self, step: int) -> dict[str, Any]:
+        return {
+            "request": self._next_request(),
+            "job": self._identity.job,
+            "term": self._term,
+            "worker": self._identity.worker,
+            "incarnation": self._identity.incarnation,
+            "step": step,
+        }
+
+    def _next_request(self) -> int:
+        self._last_request += 1
+        return self._last_request
+
+    def _encode(
+        self, encoding: Encoding, values: npt.NDArray[np.float32], residual: npt.NDArray[np.float32] | None = None
+    ) -> Bytes:
+        frame = self._pool.take(encoding.frame_bytes(values.size))
+        encoding.encode(values, frame, residual)
+        return frame
+
+    # ---------------------------------------------------------- the answers (see Sink)
+
+    def refused_update(self, request: Request, position: int, why: RefusedUpdate) -> None:
+        """Decode a finally refused update back into its residual; its sequence is free again."""
+        assert isinstance(request.message, Push)  # only a Push carries updates
+        update = request.message.updates[position]
+        values = np.empty(self._replica.layout.blocks[update.block].elements, np.float32)
+        parse_encoding(update.encoding).decode(request.frames[position], values)
+        if not self.residuals.take_back(update.block, values):
+            log("update-lost", level="error", block=update.block, reason="its values are not finite", code=why.code)
+        self._sequences[update.block] -= 1
+
+    def value(self, value: BlockValue, frame: memoryview | None) -> bool:
+        """Write a pulled value into the replica."""
+        if value.kind == "current":
+            return int(self._replica.editions[value.block]) == value.edition
+        if value.kind != "snapshot" or frame is None:
+            self._counters.refusals["malformed"] += 1
+            return False
+        try:
+            self._replica.write(value.block, value.edition, value.encoding, np.frombuffer(frame, np.uint8))
+        except EncodingError as error:
+            self._counters.refusals[error.code] += 1
+            log("value-unusable", level="warning", block=value.block, code=error.code, reason=error)
+            return False
+        return True
+
+    def completed(self, request: Request) -> None:
+        """Take a complete request's buffers back."""
+        self._pool.give(request.frames, request.sendings)
+
+    # ------------------------------------------------------------------------ waiting
+
+    def _post(self, requests: Iterable[tuple[ShardClient, Request]]) -> None:
+        """Send requests as they are made, with at most IN_FLIGHT undecided ones a shard."""
+        for client, request in requests:
+            client.submit(request, self._clock())
+            self._serve(0.0)
+            # A held pull is no reason to stop: it may wait for the very updates that come after it.
+            self._wait(lambda client=client: client.undecided < IN_FLIGHT)  # type: ignore[misc]
+
+    def _wait(self, is_over: Callable[[], bool]) -> None:
+        """Serve answers until it is over. There is always a next deadline: requests are sent again."""
+        started = self._clock()
+        complain_at = started + COMPLAIN_SECONDS
+        while not is_over():
+            self._guard()
+            self._serve(LONGEST_WAIT_SECONDS)
+            now = self._clock()
+            if now >= complain_at:
+                complain_at = now + COMPLAIN_SECONDS
+                waiting = "; ".join(client.describe() for client in self._clients if not client.is_settled)
+                log("waiting", level="warning", seconds=round(now - started, 1), awaited=waiting)
+        self._counters.waiting_seconds += self._clock() - started
+
+    def _serve(self, timeout_seconds: float) -> None:
+        """Take in what has arrived, waiting at most so long for the first, then send what is due."""
+        now = self._clock()
+        due = min((client.poll(now) for client in self._clients), default=inf)
+        timeout = min(timeout_seconds, max(0.0, due - now))
+        ready = self._transport.wait([client.channel for client in self._clients], timeout)
+        for client in self._clients:
+            if client.channel in ready:
+                while (received := client.channel.receive(0)) is not None:
+                    client.handle(received, self._clock())
+        self._counters.in_flight = sum(len(client.requests) for client in self._clients)

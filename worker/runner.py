@@ -1,0 +1,301 @@
+"""The worker process: follows its orders, one job after another, one stage after another.
+
+The main thread computes and exchanges; the control thread (control.py) beats. What was acknowledged is
+never lost when this process is asked to stop: it finishes its step, flushes, hands back, and ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from models.task import Task
+from paramserver.encoding import make_encoding
+from paramserver.job import Job
+from paramserver.process import StopRequest, log
+from paramserver.protocol.messages import Lease, LeaseDone
+from paramserver.protocol.transport import Transport
+from worker import stages
+from worker.client import Identity
+from worker.desk import Desk, JobState, Upload
+from worker.errors import Abandoned, JobFailure
+from worker.exchange import Codec, Editions, Exchange
+from worker.replica import Replica
+from worker.train import Trainer
+
+IDLE_SECONDS = 0.5  # how late a stop request may be seen
+STOP_SECONDS = 4.0  # how long a stopping worker waits for shards
+GOODBYE_SECONDS = 1.0  # and then for the coordinator
+
+
+class Runner:
+    """Runs orders until it is told to stop. Belongs to the main thread.
+
+    Args:
+        transport: for the shards; not the control thread's.
+        name: of this worker.
+    """
+
+    def __init__(self, transport: Transport, name: str, desk: Desk, stop: StopRequest) -> None:
+        self._transport = transport
+        self._name = name
+        self._desk = desk
+        self._stop = stop
+        self._sequences: dict[tuple[str, int], Editions] = {}
+
+    def run(self) -> None:
+        """Raises WorkerError, and whatever ended the control thread."""
+        while not self._must_stop():
+            state = self._desk.job
+            if state is None:
+                self._desk.wait(lambda: self._desk.job is not None or self._desk.is_shut_down, IDLE_SECONDS)
+                continue
+            self._take_up(state)
+        self._desk.leave()
+        if self._desk.job is not None:
+            self._desk.wait_reported(GOODBYE_SECONDS)
+
+    def _must_stop(self) -> bool:
+        return self._stop.is_set() or self._desk.is_shut_down
+
+    def _take_up(self, state: JobState) -> None:
+        """One job, until it is over, taken away, or this process stops."""
+        log("job-taken", job=state.order.job, stage=state.order.stage)
+        work = JobWork(self._transport, self._name, self._desk, state, self._must_stop, self._sequences)
+        try:
+            work.run()
+        except Abandoned as why:
+            log("job-dropped", job=state.order.job, reason=why)
+        except JobFailure as failure:
+            log("job-failed", level="error", job=state.order.job, reason=failure)
+            self._desk.fail_job(state, str(failure))
+        finally:
+            work.close()
+        while self._desk.job is state and not self._must_stop():
+            self._desk.wait(lambda: self._desk.job is not state, IDLE_SECONDS)
+
+
+class JobWork:
+    """Everything that a worker holds for one job. It is the Trainer's LeaseSource."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        name: str,
+        desk: Desk,
+        state: JobState,
+        must_stop: Callable[[], bool],
+        sequences: dict[tuple[str, int], Editions],
+    ) -> None:
+        self._transport = transport
+        self._name = name
+        self._desk = desk
+        self._state = state
+        self._must_stop = must_stop
+        self._sequences = sequences
+        self._stop_at: float | None = None
+        self._job = Job.model_validate_json(state.order.specification)
+        self._exchange: Exchange | None = None
+        self._task: Task
+        self._replica: Replica
+
+    def run(self) -> None:
+        """Follow the stages of the order. Raises Abandoned when it is over, JobFailure when it cannot go on."""
+        self._task = stages.build_task(self._job, self._state.counters)
+        try:
+            self._replica = Replica(self._task.parameters())
+        except ValueError as error:
+            raise JobFailure(f"the model cannot be cut into blocks: {error}") from error
+        self._enter("idle")
+        run_stage = {
+            "initialise": self._initialise,
+            "train": self._train,
+            "drain": self._drain,
+            "evaluate": self._evaluate,
+            "export": self._export,
+        }
+        while not self._must_stop():
+            self._guard()
+            order = self._state.order
+            if self._exchange is not None:
+                self._exchange.follow(order.term)
+            run_stage[order.stage]()
+        if self._exchange is not None and self._state.order.stage in ("train", "drain"):
+            self._drain()
+
+    def close(self) -> None:
+        if self._exchange is not None:
+            self._exchange.close()
+
+    # ------------------------------------------------------------------- the stages
+
+    def _initialise(self) -> None:
+        lease = self._begin("initialise")
+        if lease is None:
+            return
+        examples = stages.count_examples(self._task)
+
+        def declare() -> None:
+            self._state.layout = self._replica.layout
+            self._state.examples = examples
+
+        self._desk.update(self._state, declare)
+        while not self._state.order.placement:
+            self._guard()
+            if self._must_stop():
+                return
+            self._wait_change(lambda: bool(self._state.order.placement))
+        self._connect().initialise()
+        self._desk.finish_lease(self._state, LeaseDone(number=lease.number))
+
+    def _train(self) -> None:
+        if not self._state.order.placement:
+            self._wait_change(lambda: bool(self._state.order.placement))
+            return
+        exchange = self._connect()
+        exchange.pull(self._state.counters.steps)
+        self._enter("train")
+        settings = self._job
+        clip, overlap = settings.optimizer.clip, settings.push.overlap
+        Trainer(self._task, self._replica, exchange, self, self._state.counters, clip, overlap).run()
+
+    def _drain(self) -> None:
+        if not self._state.drained:
+            if self._exchange is not None:
+                stages.drain(self._exchange, self._state.counters)
+            self._enter("drain")
+
+            def drained() -> None:
+                self._state.drained = True
+
+            self._desk.update(self._state, drained)
+        self._wait_change(lambda: self._state.order.stage != "drain")
+
+    def _evaluate(self) -> None:
+        self._enter("evaluate")
+        has_fresh_weights = False
+        while self._is_stage("evaluate"):
+            lease = self._begin("evaluate")
+            if lease is None:
+                continue
+            if not has_fresh_weights:
+                self._connect().pull(self._state.counters.steps)
+                has_fresh_weights = True
+            try:
+                result = stages.evaluate(self._task, lease, self._guard_stop)
+            except ValueError as error:
+                raise JobFailure(f"the evaluation failed: {error}") from error
+            self._desk.finish_lease(self._state, result)
+
+    def _export(self) -> None:
+        lease = self._begin("export")
+        if lease is None:
+            return
+        self._enter("export")
+        self._connect().pull(self._state.counters.steps)
+        upload = Upload(lease.number, memoryview(stages.export_bytes(self._task)))
+
+        def offer() -> None:
+            self._state.upload = upload
+
+        self._desk.update(self._state, offer)
+        while not upload.is_complete:
+            self._guard_stop()
+            self._wait_change(lambda: upload.is_complete)
+        self._desk.finish_lease(self._state, LeaseDone(number=lease.number))
+
+    # -------------------------------------------------------- leases (see LeaseSource)
+
+    def is_wanted(self) -> bool:
+        return self._is_stage("train")
+
+    def is_leaving(self) -> bool:
+        return self._must_stop()
+
+    def next_lease(self) -> Lease | None:
+        return self._desk.begin_lease(self._state, "train")
+
+    def wait_lease(self) -> None:
+        leases = self._state.leases
+        self._wait_change(lambda: leases.waiting("train") > 0 or self._state.order.stage != "train")
+
+    def finish(self, result: LeaseDone) -> None:
+        self._desk.finish_lease(self._state, result)
+
+    # ----------------------------------------------------------------------- helpers
+
+    def _connect(self) -> Exchange:
+        """The exchange with the shards of the order's placement, made once."""
+        if self._exchange is not None:
+            return self._exchange
+        order, layout = self._state.order, self._replica.layout
+        if order.layout is None or order.layout.fingerprint != layout.fingerprint:
+            found = order.layout.fingerprint if order.layout else "none"
+            raise JobFailure(
+                f"this worker builds a model of layout {layout.fingerprint}, the job's is {found}; "
+                "install the same release and the same data on every worker"
+            )
+        incarnation = self._state.incarnation
+        key = (order.job, incarnation)
+        if key not in self._sequences:
+            # Only of this job: the shards know no sequence of a job that is over.
+            self._sequences.clear()
+            self._sequences[key] = np.zeros(len(layout.blocks), np.int64)
+        push = self._job.push
+        self._exchange = Exchange(
+            self._transport,
+            order.placement,
+            Identity(order.job, self._name, incarnation, layout.fingerprint),
+            order.term,
+            self._replica,
+            Codec(make_encoding(push.encoding, push.tile), push.deadline_seconds),
+            self._state.counters,
+            self._sequences[key],
+            self._guard,
+        )
+        return self._exchange
+
+    def _begin(self, kind: str) -> Lease | None:
+        """A lease of this kind, or None after a while."""
+        lease = self._desk.begin_lease(self._state, kind)
+        if lease is None:
+            stage = self._state.order.stage
+            self._wait_change(lambda: self._state.leases.waiting(kind) > 0 or self._state.order.stage != stage)
+        return lease
+
+    def _is_stage(self, stage: str) -> bool:
+        self._guard()
+        return self._state.order.stage == stage and not self._must_stop()
+
+    def _enter(self, stage: str) -> None:
+        if self._state.stage != stage:
+
+            def enter() -> None:
+                self._state.stage = stage
+
+            self._desk.update(self._state, enter)
+
+    def _wait_change(self, is_over: Callable[[], bool]) -> None:
+        self._desk.wait(lambda: is_over() or self._desk.job is not self._state, IDLE_SECONDS)
+
+    def _guard(self) -> None:
+        """Raise where this job is not ours any more, or a stop has waited long enough for shards."""
+        self._desk.check()
+        if self._desk.job is not self._state:
+            raise Abandoned("the coordinator orders another")
+        order = self._state.order
+        if self._exchange is not None and order.term:
+            self._exchange.follow(order.term)
+        if self._must_stop():
+            now = time.monotonic()
+            self._stop_at = now + STOP_SECONDS if self._stop_at is None else self._stop_at
+            if now >= self._stop_at:
+                raise Abandoned("told to stop, and the shards did not answer in time")
+
+    def _guard_stop(self) -> None:
+        """As `_guard`; a stop is obeyed at once, where nothing would be lost."""
+        self._guard()
+        if self._must_stop():
+            raise Abandoned("told to stop")
