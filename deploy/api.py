@@ -1,0 +1,96 @@
+"""The coordinator's HTTP interface as an operator's program sees it. The only user of the HTTP client library.
+
+Every call has a deadline, and every failure is an ApiError whose text says what was asked of whom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+from urllib.parse import quote
+
+import httpx
+
+CALL_SECONDS = 10.0
+
+
+class ApiError(Exception):
+    """A call that failed. `status` is the HTTP status, 0 where no answer came."""
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Api:
+    """One coordinator. Not for use by several threads at a time."""
+
+    def __init__(self, url: str, timeout_seconds: float = CALL_SECONDS) -> None:
+        self.url = url.rstrip("/")
+        # The environment's proxies are for the world outside, not for a coordinator on this machine or network.
+        self._client = httpx.Client(timeout=timeout_seconds, trust_env=False)
+
+    def __enter__(self) -> Api:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._client.close()
+
+    def submit(self, specification: str) -> dict[str, Any]:
+        """{"id", "warnings"}. Raises ApiError with status 422 where the specification is refused."""
+        return cast(dict[str, Any], self._call("POST", "/api/jobs", content=specification.encode()))
+
+    def jobs(self) -> list[dict[str, Any]]:
+        answer = self._call("GET", "/api/jobs")
+        return cast(list[dict[str, Any]], answer["jobs"] if isinstance(answer, dict) else answer)
+
+    def job(self, job: str) -> dict[str, Any]:
+        return cast(dict[str, Any], self._call("GET", f"/api/jobs/{quote(job, safe='')}"))
+
+    def cancel(self, job: str) -> None:
+        self._call("DELETE", f"/api/jobs/{quote(job, safe='')}")
+
+    def status(self) -> dict[str, Any]:
+        return cast(dict[str, Any], self._call("GET", "/api/status"))
+
+    def model(self, job: str) -> Iterator[bytes]:
+        """The bytes of the job's model.safetensors, in pieces. Raises ApiError (409 while it is not there)."""
+        try:
+            with self._client.stream("GET", f"{self.url}/api/jobs/{quote(job, safe='')}/model") as answer:
+                if answer.is_error:
+                    answer.read()
+                    raise self._refused(answer)
+                yield from answer.iter_bytes()
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self._unreachable(error) from None
+
+    def _call(self, method: str, path: str, content: bytes | None = None) -> object:
+        try:
+            answer = self._client.request(method, self.url + path, content=content)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self._unreachable(error) from None
+        if answer.is_error:
+            raise self._refused(answer)
+        if not answer.content:
+            return {}
+        try:
+            return answer.json()
+        except ValueError:
+            raise ApiError(f"{self.url}{path} answers, but not in JSON: it is no coordinator", 0) from None
+
+    def _unreachable(self, error: Exception) -> ApiError:
+        reason = str(error) or type(error).__name__
+        return ApiError(
+            f"no coordinator answers at {self.url} ({reason}); start one with `paramserver up`, or name "
+            "another with --url or PARAMSERVER_URL"
+        )
+
+    def _refused(self, answer: httpx.Response) -> ApiError:
+        try:
+            text = str(answer.json()["error"])
+        except (ValueError, KeyError, TypeError):
+            text = f"{self.url} answers {answer.status_code} {answer.reason_phrase}"
+        return ApiError(text, answer.status_code)

@@ -1,0 +1,98 @@
+"""`python -m deploy.supervisor`: holds the processes of a long-lived cluster until it is told to stop.
+
+`paramserver up` starts it detached, hands it the locked lock file and a pipe, and waits on the pipe for
+one line of JSON: {"ready": true} or {"error": TEXT}. From then on it only watches: a process that dies
+is logged and written into cluster.json, and never restarted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from deploy.home import Home, Record
+from deploy.local import EngineError, LocalCluster, StoppedEarlyError, Topology
+from paramserver.process import StopRequest, identify, install_stop, log
+
+WATCH_SECONDS = 0.5
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m deploy.supervisor", description="Holds a local cluster.")
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--shards", type=int, required=True)
+    parser.add_argument("--workers", type=int, required=True)
+    parser.add_argument("--http", required=True)
+    parser.add_argument("--data-root", type=Path, action="append", default=[])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--lock-fd", type=int, required=True, help="open and locked; inherited")
+    parser.add_argument("--report-fd", type=int, required=True, help="the pipe that `up` reads; inherited")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    identify("supervisor", "local")
+    stop = install_stop()
+    # The lock ends with this process, not with a child that outlives it for a moment.
+    os.set_inheritable(options.lock_fd, False)
+    os.set_inheritable(options.report_fd, False)
+    home = Home(options.home)
+    record = Record(os.getpid(), "starting", shards=options.shards, workers=options.workers)
+    home.write(record)
+    cluster = LocalCluster(
+        options.home,
+        Topology(
+            shards=options.shards,
+            workers=options.workers,
+            http=options.http,
+            runs=options.runs,
+            data_roots=tuple(options.data_root),
+            threads=options.threads,
+        ),
+    )
+    try:
+        with cluster:
+            cluster.start(stop)
+            record = replace(record, state="ready", url=cluster.url, control=cluster.control)
+            home.write(record)
+            log("ready", url=cluster.url, control=cluster.control)
+            _report(options.report_fd, {"ready": True})
+            _watch(cluster, home, record, stop)
+    except EngineError as error:
+        log("failed", level="error", reason=error)
+        _report(options.report_fd, {"error": str(error)})
+        return 1
+    except StoppedEarlyError:
+        pass
+    finally:
+        home.record_path.unlink(missing_ok=True)
+    log("stopped", reason=stop.reason)
+    return 0
+
+
+def _watch(cluster: LocalCluster, home: Home, record: Record, stop: StopRequest) -> None:
+    while not stop.wait(WATCH_SECONDS):
+        for death in cluster.deaths():
+            at = datetime.now(UTC).isoformat(timespec="seconds")
+            record = replace(record, deaths=[*record.deaths, {"name": death.name, "reason": death.reason, "at": at}])
+            home.write(record)
+
+
+def _report(descriptor: int, content: dict[str, object]) -> None:
+    try:
+        os.write(descriptor, json.dumps(content).encode() + b"\n")
+        os.close(descriptor)
+    except OSError:
+        log("report-unread", level="warning")  # `up` was interrupted; `down` stops what it left
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""`up`, `down` and `logs`: the long-lived cluster of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, BinaryIO
+
+import typer
+
+from paramserver.cli.errors import FailedError, InputError
+from paramserver.cli.job_file import AsJson
+
+if TYPE_CHECKING:
+    from deploy.home import Record
+
+DEFAULT_HTTP = "127.0.0.1:8420"
+FOLLOW_SECONDS = 0.3
+TAIL_BYTES = 64 * 2**10
+ENGINES = ("local", "compose", "ray")
+
+
+def up(
+    shards: Annotated[int, typer.Option(min=1, max=64, help="Shard processes.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Worker processes.")] = 2,
+    http: Annotated[str, typer.Option(help="HOST:PORT of the HTTP interface; port 0 takes any.")] = DEFAULT_HTTP,
+    runs: Annotated[Path | None, typer.Option(help="Where finished jobs are left (default: runs in the home).")] = None,
+    data_root: Annotated[
+        list[Path] | None, typer.Option(help="A folder that paths in submitted jobs may point into; repeatable.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Compute threads a worker.")] = 1,
+    engine: Annotated[str, typer.Option(help="How processes are started: local.")] = "local",
+    as_json: AsJson = False,
+) -> None:
+    """Start a cluster that stays, and return when it is ready."""
+    if engine != "local":
+        known = "is not supported yet" if engine in ENGINES else "is not known"
+        raise InputError(f"--engine {engine!r} {known}; use 'local'")
+    from deploy.detached import bring_up
+    from deploy.home import HomeError, default_home
+    from deploy.local import EngineError, Topology
+
+    home = default_home()
+    topology = Topology(
+        shards=shards,
+        workers=workers,
+        http=http,
+        runs=runs or home.directory / "runs",
+        data_roots=tuple(data_root or ()),
+        threads=threads,
+    )
+    try:
+        record = bring_up(home, topology)
+    except HomeError as error:
+        raise InputError(str(error)) from None
+    except EngineError as error:
+        raise FailedError(str(error)) from None
+    if as_json:
+        print(json.dumps({"pid": record.pid, "url": record.url, "control": record.control, "runs": str(topology.runs)}))
+        return
+    print(f"The cluster is ready: {shards} shards, {workers} workers, {record.url} (pid {record.pid}).")
+    print("Train with `paramserver submit JOB.yaml`, watch with `paramserver status`, end with `paramserver down`.")
+
+
+def down() -> None:
+    """Stop the cluster that `up` started, and wait until every process has ended."""
+    from deploy.detached import take_down
+    from deploy.home import default_home
+    from deploy.local import EngineError
+
+    try:
+        record = take_down(default_home())
+    except EngineError as error:
+        raise FailedError(str(error)) from None
+    print(f"The cluster is down (pid {record.pid}).")
+
+
+def logs(
+    name: Annotated[str | None, typer.Argument(help="A process, for example worker-0 (default: all).")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is written, until Ctrl-C.")] = False,
+) -> None:
+    """Print what the processes of this machine's cluster logged; also those of the last one, after `down`."""
+    from deploy.detached import log_files
+    from deploy.home import default_home
+
+    home = default_home()
+    files = log_files(home)
+    if name is not None:
+        if name not in files:
+            raise InputError(f"no log of {name!r} in {home.logs} (there are: {', '.join(files) or 'none'})")
+        files = {name: files[name]}
+    if not files:
+        raise InputError(f"no logs in {home.logs}; start a cluster with `paramserver up`")
+    _print_logs(list(files.values()), follow)
+
+
+def _print_logs(paths: list[Path], follow: bool) -> None:
+    # Every line begins with its time and carries role and name, so several logs are merged by sorting.
+    opened = [path.open("rb") for path in paths]
+    try:
+        lines = [line for file in opened for line in _tail(file)]
+        while True:
+            for line in sorted(lines):
+                sys.stdout.write(line.decode("utf-8", errors="replace"))
+            sys.stdout.flush()
+            if not follow:
+                return
+            time.sleep(FOLLOW_SECONDS)
+            lines = [line for file in opened for line in _new(file)]
+    finally:
+        for file in opened:
+            file.close()
+
+
+def _tail(file: BinaryIO) -> list[bytes]:
+    size = os.fstat(file.fileno()).st_size
+    file.seek(max(0, size - TAIL_BYTES))
+    if size > TAIL_BYTES:
+        file.readline()  # the rest of a line
+    return _new(file)
+
+
+def _new(file: BinaryIO) -> list[bytes]:
+    """Whole lines written since; half of one waits for its end."""
+    start = file.tell()
+    whole, newline, _ = file.read().rpartition(b"\n")
+    file.seek(start + len(whole) + len(newline))
+    return (whole + newline).splitlines(keepends=True)
+
+
+def note_deaths(record: Record | None) -> None:
+    """Say on standard error which processes of this machine's cluster have died."""
+    for death in record.deaths if record else ():
+        print(
+            f"paramserver: {death['name']} ended with {death['reason']} at {death['at']}; "
+            f"see `paramserver logs {death['name']}`",
+            file=sys.stderr,
+        )
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(up)
+    app.command()(down)
+    app.command()(logs)

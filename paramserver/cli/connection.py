@@ -1,0 +1,50 @@
+"""Which coordinator a command speaks to: --url, else PARAMSERVER_URL, else the cluster of this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from paramserver.cli.errors import FailedError, InputError
+
+if TYPE_CHECKING:
+    from deploy.api import Api
+
+VARIABLE = "PARAMSERVER_URL"
+
+Url = Annotated[
+    str | None, typer.Option("--url", help=f"The coordinator, http://HOST:PORT (default: {VARIABLE}, then `up`'s).")
+]
+
+
+@contextmanager
+def connected(url: str | None) -> Iterator[Api]:
+    """The coordinator's interface; whatever it refuses inside the block ends the command with a clear message."""
+    from deploy.api import Api, ApiError
+
+    try:
+        with Api(url or os.environ.get(VARIABLE) or _local_url()) as api:
+            yield api
+    except ApiError as error:
+        if 400 <= error.status < 500:
+            raise InputError(str(error)) from None
+        raise FailedError(str(error)) from None
+
+
+def _local_url() -> str:
+    from deploy.home import default_home
+
+    home = default_home()
+    record = home.record()
+    if record is None:
+        raise FailedError(
+            f"no cluster runs on this machine (looked in {home.directory}); start one with `paramserver up`, "
+            f"or name a coordinator with --url or {VARIABLE}"
+        )
+    if not record.url:
+        raise FailedError("the cluster of this machine is still starting; try again in a moment")
+    return record.url

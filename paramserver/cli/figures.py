@@ -1,0 +1,154 @@
+"""How figures are written for people: the one place that knows the names in the status and in result.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from paramserver.cli.errors import EXIT_FAILED, EXIT_INTERRUPTED
+
+FINAL_STATES = frozenset({"done", "failed", "cancelled"})
+EXIT_CODES = {"done": 0, "failed": EXIT_FAILED, "cancelled": EXIT_INTERRUPTED}
+
+Figures = Mapping[str, Any]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure, or a dash where there is none yet."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def byte_size(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def progress_line(job: Figures) -> str:
+    """One line of what a job is doing now."""
+    parts = [str(job["state"])]
+    if job["waiting"]:
+        parts.append(str(job["waiting"]))
+    if job["steps"]:
+        wanted = job["examples_wanted"]
+        done = min(job["examples"] / wanted, 1.0) if wanted else None
+        parts += [
+            f"{count(job['steps'])} steps" + (f" ({done:.0%})" if done is not None else ""),
+            f"loss {number(job['bits'])} bits",
+            f"{number(job['examples_a_second'], 1)} examples/s",
+            f"push {byte_size(job['pushed_bytes_a_second'])}/s, pull {byte_size(job['pulled_bytes_a_second'])}/s",
+            f"staleness {number(job['staleness']['all']['mean'], 2)}",
+        ]
+    if job["examples_repeated"]:
+        parts.append(f"{count(job['examples_repeated'])} examples repeated")
+    return " | ".join(parts)
+
+
+def result_rows(result: Figures) -> list[tuple[str, str]]:
+    """The table at the end of a job: name and value."""
+    rows = [("state", str(result["state"]) + (f": {result['reason']}" if result["reason"] else ""))]
+    for split, what in (("train", "training loss, last steps"), ("valid", "validation loss"), ("test", "test loss")):
+        loss = result[split]
+        if loss["bits"] is not None:
+            rows.append((what, f"{number(loss['bits'], 4)} bits, perplexity {number(loss['perplexity'], 3)}"))
+    staleness = result["staleness"]["all"]
+    repeated = result["examples_repeated"]
+    rows += [
+        ("time", f"{number(result['seconds'], 1)} s"),
+        ("steps", count(result["steps"])),
+        ("examples", count(result["examples"]) + (f", {count(repeated)} repeated" if repeated else "")),
+        (
+            "staleness, versions",
+            f"mean {number(staleness['mean'], 2)}, median {staleness['p50']}, 95% {staleness['p95']}, "
+            f"largest {staleness['max']}",
+        ),
+    ]
+    for way, title in (("push", "pushed"), ("pull", "pulled")):
+        bits = result[f"{way}_bits_an_element"]
+        rows.append((title, f"{byte_size(result[f'{title}_bytes'])}, {number(bits, 2)} bits an element"))
+    if result["skipped_steps"]:
+        rows.append(("steps skipped, not finite", count(result["skipped_steps"])))
+    if result["workers_lost"]:
+        rows.append(("workers lost", ", ".join(str(name) for name in result["workers_lost"])))
+    return rows
+
+
+def status_rows(job: Figures) -> list[tuple[str, str]]:
+    """What `status` says of a job that runs or that ended last."""
+    staleness, queues, faults = job["staleness"]["all"], job["queues"], job["faults"]
+    return [
+        ("job", str(job["id"])),
+        ("state", " - ".join(str(part) for part in (job["state"], job["waiting"], job["reason"]) if part)),
+        ("time", f"{number(job['seconds'], 1)} s"),
+        ("model", f"{count(job['elements'])} parameters in {count(job['blocks'])} blocks"),
+        ("steps", count(job["steps"])),
+        ("examples", f"{count(job['examples'])} of {count(job['examples_wanted'])}"),
+        ("loss", f"{number(job['bits'], 4)} bits"),
+        ("examples/s", number(job["examples_a_second"], 1)),
+        ("updates/s", number(job["updates_a_second"], 1)),
+        ("push", _way(job, "push", "pushed")),
+        ("pull", _way(job, "pull", "pulled")),
+        (
+            "staleness, versions",
+            f"mean {number(staleness['mean'], 2)}, median {staleness['p50']}, 95% {staleness['p95']}, "
+            f"largest {staleness['max']}",
+        ),
+        ("queues", _pairs(queues)),
+        ("survived", _pairs({"examples repeated": job["examples_repeated"], **faults})),
+        ("refused", _pairs(job["refusals"]) or "nothing"),
+    ]
+
+
+def _way(job: Figures, way: str, past: str) -> str:
+    return (
+        f"{byte_size(job[f'{past}_bytes_a_second'])}/s, {byte_size(job[f'{past}_bytes'])} in all, "
+        f"{number(job[f'{way}_bits_an_element'], 2)} bits an element"
+    )
+
+
+def _pairs(values: Figures) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+
+
+def load_rows(job: Figures) -> list[tuple[str, str]]:
+    """How long each process waited and worked."""
+    return [
+        (name, f"worked {number(one['working_seconds'], 1)} s, waited {number(one['waiting_seconds'], 1)} s")
+        for processes in (job["shards"], job["workers"])
+        for name, one in processes.items()
+    ]
+
+
+def session_rows(status: Figures) -> list[tuple[str, str]]:
+    return [
+        (
+            str(one["name"]),
+            f"pid {one['pid']} on {one['host']}, heard {number(one['seconds_since_heartbeat'], 1)} s ago",
+        )
+        for one in status["sessions"]
+    ]
+
+
+def write_rows(rows: Iterable[tuple[str, str]], title: str = "") -> None:
+    """A two-column table on standard output; plain text where that is no terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = list(rows)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        # Not folded at some width: a line of output is a figure.
+        width = max((len(name) for name, _ in rows), default=0)
+        print("\n".join(([title] if title else []) + [f"{name:<{width}}  {value}" for name, value in rows]))
+        return
+    table = Table(title=title or None, show_header=False, title_justify="left")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    console.print(table)

@@ -1,0 +1,193 @@
+"""`run`: one job on an embedded cluster of this machine, from its start to its result table.
+
+Progress and warnings go to standard error, the result to standard output. Whatever ends the command,
+every process that it started has ended before it returns.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paramserver.cli.errors import EXIT_INTERRUPTED, FailedError
+from paramserver.cli.figures import EXIT_CODES, FINAL_STATES, progress_line, result_rows, write_rows
+from paramserver.cli.job_file import AsJson, JobFile, read_job, show_warnings
+
+if TYPE_CHECKING:
+    from deploy.api import Api
+    from deploy.local import LocalCluster
+    from paramserver.job import Job
+    from paramserver.process import StopRequest
+
+POLL_SECONDS = 0.5
+PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal
+CANCEL_SECONDS = 10.0
+SILENT_SECONDS = 30.0  # without an answer of a coordinator that lives
+EXIT_TERMINATED = 143
+
+
+def run(
+    job_file: JobFile,
+    runs: Annotated[Path, typer.Option(help="Where the job's folder is left.")] = Path("runs"),
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Compute threads a worker.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Train a job on this machine with a cluster of its own, and show the result."""
+    from paramserver.process import install_stop
+
+    stop = install_stop()
+    job = read_job(job_file)
+    show_warnings(job.warnings(), job_file)
+    directory = Path(tempfile.mkdtemp(prefix="paramserver-run-"))
+    keep = True
+    try:
+        result = _train(job, directory, runs, threads, stop)
+        keep = result["state"] == "failed"
+    except FailedError as error:
+        raise FailedError(f"{error}\nThe logs are kept in {directory / 'logs'}") from None
+    finally:
+        if not keep or stop.is_set():
+            shutil.rmtree(directory, ignore_errors=True)
+    if result["state"] == "failed":
+        print(f"paramserver: {result['job']} failed: {result['reason']}", file=sys.stderr)
+        print(f"The logs are kept in {directory / 'logs'}", file=sys.stderr)
+    _show(result, runs, as_json)
+    code = EXIT_CODES[result["state"]]
+    if stop.is_set():
+        code = EXIT_TERMINATED if stop.reason == "SIGTERM" else EXIT_INTERRUPTED
+    raise typer.Exit(code)
+
+
+def _train(job: Job, directory: Path, runs: Path, threads: int, stop: StopRequest) -> dict[str, Any]:
+    """The result of the job, or {"state": "cancelled"} where a stop came before there was one."""
+    from deploy.api import Api, ApiError
+    from deploy.local import EngineError, LocalCluster, StoppedEarlyError, Topology
+
+    topology = Topology(
+        shards=job.cluster.shards,
+        workers=job.cluster.workers,
+        runs=runs,
+        data_roots=(Path("/"),),  # an embedded run reads whatever its user can
+        threads=threads,
+    )
+    progress = Progress()
+    try:
+        with LocalCluster(directory, topology) as cluster:
+            progress.show(f"starting {topology.shards} shards and {topology.workers} workers")
+            cluster.start(stop)
+            with Api(cluster.url) as api:
+                job_id = api.submit(job.json_text())["id"]
+                _follow(cluster, api, job_id, stop, progress)
+            progress.close()
+            return _result(runs / job_id)
+    except StoppedEarlyError:
+        return {"job": job.name, "state": "cancelled", "reason": "stopped while the cluster was starting"}
+    except (EngineError, ApiError) as error:
+        raise FailedError(str(error)) from None
+    finally:
+        progress.close()
+
+
+def _follow(cluster: LocalCluster, api: Api, job_id: str, stop: StopRequest, progress: Progress) -> None:
+    """Show progress until the job is over; a stop cancels it first. Raises FailedError where it cannot end."""
+    from deploy.api import ApiError
+
+    heard = time.monotonic()
+    deadline: float | None = None  # for the job to be over once it is cancelled
+    while True:
+        _check_alive(cluster, progress)
+        try:
+            if stop.is_set() and deadline is None:
+                deadline = time.monotonic() + CANCEL_SECONDS
+                progress.note(f"{stop.reason}: cancelling {job_id}")
+                api.cancel(job_id)
+            if api.job(job_id)["state"] in FINAL_STATES:
+                return
+            figures = api.status()["job"]
+            heard = time.monotonic()
+            if figures is not None:
+                progress.show(progress_line(figures))
+        except ApiError as error:
+            if error.status == 409:  # it ended while it was being cancelled
+                continue
+            if error.status or time.monotonic() - heard > SILENT_SECONDS:
+                raise FailedError(f"{job_id}: {error}") from None
+        if deadline is not None and time.monotonic() > deadline:
+            raise FailedError(f"{job_id} was cancelled but did not end within {CANCEL_SECONDS:.0f} s")
+        if deadline is None:
+            stop.wait(POLL_SECONDS)
+        else:
+            time.sleep(POLL_SECONDS / 5)
+
+
+def _check_alive(cluster: LocalCluster, progress: Progress) -> None:
+    deaths = cluster.deaths()
+    for death in deaths:
+        progress.note(f"{death.name} ended with {death.reason}")
+    running = cluster.pids()
+    for death in deaths:
+        # A shard's death is the coordinator's to judge: it fails the job with what was lost.
+        if death.name == "coordinator" or not any(name in running for name in cluster.worker_names):
+            raise FailedError(str(death))
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FailedError(f"the job is over, but {folder / 'result.json'} is not readable: {error}") from None
+    return result
+
+
+def _show(result: dict[str, Any], runs: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, indent=1))
+    elif "seconds" not in result:
+        print(f"{result['job']}: {result['state']}, {result['reason']}", file=sys.stderr)
+    else:
+        write_rows(result_rows(result), str(result["job"]))
+        print(f"{runs / str(result['job'])}/ holds the result, the metrics and, if it is done, the model.")
+
+
+class Progress:
+    """One live line where standard error is a terminal; elsewhere a plain line every few seconds."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True, highlight=False, markup=False)
+        self._status = self._console.status("") if self._console.is_terminal else None
+        self._shown_at = float("-inf")
+        self._last_word = ""
+
+    def show(self, line: str) -> None:
+        if self._status is not None:
+            self._status.update(line)
+            self._status.start()
+            return
+        now, word = time.monotonic(), line.split(" ", 1)[0]
+        if word != self._last_word or now - self._shown_at >= PLAIN_SECONDS:  # a change of state is news
+            self._shown_at, self._last_word = now, word
+            print(line, file=sys.stderr, flush=True)
+
+    def note(self, line: str) -> None:
+        """A line that stays."""
+        if self._status is not None:
+            self._console.print(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(run)
