@@ -37,6 +37,7 @@ from paramserver.protocol.messages import (
     Want,
     Welcome,
 )
+from paramserver.protocol.transport import MAX_MESSAGE_BYTES
 from paramserver.shard.block import HeldBlock
 from paramserver.shard.consistency import make_policy
 from paramserver.shard.optimizers import make_optimizer
@@ -44,6 +45,7 @@ from paramserver.shard.telemetry import Telemetry
 from paramserver.shard.watermarks import Verdict
 
 MAX_PEERS = 65536
+MAX_ANSWER_BYTES = MAX_MESSAGE_BYTES - 2**20  # what is left is for the head
 # lr factor by staleness in versions (staleness-aware SGD: Zhang et al., IJCAI 2016, eq. 5; its root is milder).
 DAMPING: dict[str, Callable[[int], float]] = {
     "none": lambda staleness: 1.0,
@@ -201,6 +203,10 @@ class ShardCore:
     def _answer_pull(self, serving: Serving, peer: bytes, request: Pull | Push) -> list[Reply]:
         """The values that a pull wants, or nothing yet where the policy makes it wait."""
         blocks = [self._block(serving, want.block) for want in request.wants]
+        answer_bytes = sum(serving.pull_encoding.frame_bytes(block.elements) for block in blocks)
+        if answer_bytes > MAX_ANSWER_BYTES:
+            detail = f"the answer would have {answer_bytes} bytes, allowed are {MAX_ANSWER_BYTES}; ask for fewer blocks"
+            raise Refused("malformed", detail)
         if not serving.policy.may_pull(request.worker, (block.index for block in blocks)):
             serving.parked[peer] = request
             return [Reply(peer, Held(request=request.request))]

@@ -223,6 +223,12 @@ def test_one_bad_update_does_not_spoil_its_neighbours() -> None:
     assert driver.weight == -1.0
 
 
+def test_pull_whose_answer_fits_no_message_is_refused() -> None:
+    driver = Driver()
+    replies = driver.pull("w0", wants=tuple(Want(0) for _ in range(20_000)))
+    assert refusal(replies) == "malformed"
+
+
 def test_push_with_wants_is_answered_with_the_value_that_holds_it() -> None:
     driver = Driver()
     pushed, pulled = driver.push("w0", 1, wants=(Want(0, 0), Want(1, 0)))
