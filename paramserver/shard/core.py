@@ -154,6 +154,7 @@ class ShardCore:
 
     def _push(self, peer: bytes, push: Push, frames: Sequence[memoryview]) -> list[Reply]:
         serving = self._admit(peer, push)
+        self._wanted(serving, push)  # before anything changes: a refused message must change nothing
         acknowledged: list[Acknowledged] = []
         refused: list[RefusedUpdate] = []
         for update, frame in zip(push.updates, frames, strict=True):
@@ -202,11 +203,7 @@ class ShardCore:
 
     def _answer_pull(self, serving: Serving, peer: bytes, request: Pull | Push) -> list[Reply]:
         """The values that a pull wants, or nothing yet where the policy makes it wait."""
-        blocks = [self._block(serving, want.block) for want in request.wants]
-        answer_bytes = sum(serving.pull_encoding.frame_bytes(block.elements) for block in blocks)
-        if answer_bytes > MAX_ANSWER_BYTES:
-            detail = f"the answer would have {answer_bytes} bytes, allowed are {MAX_ANSWER_BYTES}; ask for fewer blocks"
-            raise Refused("malformed", detail)
+        blocks = self._wanted(serving, request)
         if not serving.policy.may_pull(request.worker, (block.index for block in blocks)):
             serving.parked[peer] = request
             return [Reply(peer, Held(request=request.request))]
@@ -217,6 +214,15 @@ class ShardCore:
         for block, want in zip(blocks, request.wants, strict=True):
             values.append(self._value(serving, block, want, frames))
         return [Reply(peer, Pulled(request=request.request, values=tuple(values)), frames)]
+
+    def _wanted(self, serving: Serving, request: Pull | Push) -> list[HeldBlock]:
+        """The blocks that a request wants. Raises Refused where one is not here or the answer fits no message."""
+        blocks = [self._block(serving, want.block) for want in request.wants]
+        answer_bytes = sum(serving.pull_encoding.frame_bytes(block.elements) for block in blocks)
+        if answer_bytes > MAX_ANSWER_BYTES:
+            detail = f"the answer would have {answer_bytes} bytes, allowed are {MAX_ANSWER_BYTES}; ask for fewer blocks"
+            raise Refused("malformed", detail)
+        return blocks
 
     def _value(self, serving: Serving, block: HeldBlock, want: Want, frames: list[memoryview]) -> BlockValue:
         encoding = serving.pull_encoding

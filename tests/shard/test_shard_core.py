@@ -229,6 +229,12 @@ def test_pull_whose_answer_fits_no_message_is_refused() -> None:
     assert refusal(replies) == "malformed"
 
 
+def test_push_whose_wants_are_refused_changes_nothing() -> None:
+    driver = Driver()
+    assert refusal(driver.push("w0", 1, wants=(Want(17),))) == "unknown-block"
+    assert driver.state() == (0.0, 0, 0)
+
+
 def test_push_with_wants_is_answered_with_the_value_that_holds_it() -> None:
     driver = Driver()
     pushed, pulled = driver.push("w0", 1, wants=(Want(0, 0), Want(1, 0)))
