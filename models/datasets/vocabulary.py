@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 UNKNOWN = "<unk>"
 END_OF_LINE = "<eos>"
+CODE_POINTS = 0x110000
 MAX_CHARACTERS = 1_024  # kinds of character that a derived vocabulary keeps
 
 Stream = npt.NDArray[np.int32]  # (symbols,)
@@ -45,11 +46,11 @@ class Vocabulary:
         return np.array([get(symbol, unknown) for symbol in symbols], np.int32)
 
     def _encode_characters(self, text: str) -> Stream:
-        table = np.full(0x110000, -1 if self.unknown is None else self.unknown, np.int32)  # by code point
+        table = np.full(CODE_POINTS, -1 if self.unknown is None else self.unknown, np.int32)
         for symbol, number in self._numbers.items():
             if len(symbol) == 1:
                 table[ord(symbol)] = number
-        stream: Stream = table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
+        stream: Stream = table[_code_points(text)]
         if self.unknown is None and stream.size and stream.min() < 0:
             raise KeyError(text[int(stream.argmin())])
         return stream
@@ -67,9 +68,10 @@ def characters(train: str, held_out: Iterable[str] = ()) -> Vocabulary:
     An unknown symbol is added only where the held-out text needs it, or where more than
     MAX_CHARACTERS kinds occur (the rarest are dropped).
     """
-    counts = Counter(train)
+    counts = _count_characters(train)
     kept = sorted(_most_frequent(counts, MAX_CHARACTERS))
-    needs_unknown = len(kept) < len(counts) or any(set(text) - counts.keys() for text in held_out)
+    unseen = any(_count_characters(text).keys() - counts.keys() for text in held_out)
+    needs_unknown = len(kept) < len(counts) or unseen
     return Vocabulary((*kept, UNKNOWN), unknown=len(kept)) if needs_unknown else Vocabulary(tuple(kept))
 
 
@@ -98,5 +100,14 @@ def split_words(text: str) -> list[str]:
     return found
 
 
-def _most_frequent(counts: Counter[str], limit: int) -> list[str]:
+def _code_points(text: str) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def _count_characters(text: str) -> dict[str, int]:
+    counts = np.bincount(_code_points(text), minlength=CODE_POINTS)
+    return {chr(point): int(counts[point]) for point in np.flatnonzero(counts)}
+
+
+def _most_frequent(counts: Mapping[str, int], limit: int) -> list[str]:
     return sorted(counts, key=lambda symbol: (-counts[symbol], symbol))[:limit]

@@ -28,7 +28,7 @@ class RecurrentArguments(_Section):
     tied: bool = False  # the output layer uses the embedding's weights
     vocabulary: Annotated[int, Field(ge=2, le=1_000_000)] | None = None  # word-lm: symbols in all; absent: 10,000
     init_scale: Annotated[float, Field(gt=0)] | None = None  # uniform in +-scale; absent: 1/sqrt(hidden)
-    forget_bias: float = 1.0  # lstm: first value of the forget gate's bias
+    forget_bias: float = 0.0  # lstm: first value of the forget gate's bias; more remembers longer and learns later
 
     @property
     def embedding_width(self) -> int:

@@ -6,12 +6,20 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from models.datasets.folder import VARIABLE
 from models.datasets.vocabulary import Vocabulary
 from models.recurrent.arguments import RecurrentArguments, RecurrentData
 from models.recurrent.corpus import Corpus
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # Small tensors gain nothing from a second thread and lose much to it on a busy machine.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -33,8 +41,6 @@ def make_corpus() -> Callable[..., Corpus]:
     """A corpus of seeded random symbols: make_corpus(train=..., valid=..., symbols=...)."""
 
     def make(train: int = 2000, valid: int = 50, symbols: int = 7) -> Corpus:
-        import numpy as np
-
         generator = np.random.default_rng(5)
         streams = {
             name: generator.integers(0, symbols, size).astype(np.int32)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from models.datasets.vocabulary import Vocabulary
 from models.recurrent.arguments import RecurrentArguments, RecurrentData
 from models.recurrent.corpus import NOT_PREDICTED, Corpus
 from models.recurrent.net import RecurrentNet
@@ -239,16 +240,13 @@ def test_a_seed_gives_the_same_parameters_in_every_process() -> None:
         "net = RecurrentNet(RecurrentArguments(task='char-lm', hidden=20), 30); net.initialise(7)\n"
         "print(hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in net.parameters())).hexdigest())"
     )
-    told = {
-        subprocess.run(
-            [sys.executable, "-c", script, other], capture_output=True, text=True, timeout=100, check=True
-        ).stdout.strip()
-        for other in ("1", "2")
-    }
+    other = subprocess.run(
+        [sys.executable, "-c", script, "1"], capture_output=True, text=True, timeout=100, check=True
+    ).stdout.strip()
     net = RecurrentNet(RecurrentArguments(task="char-lm", hidden=20), 30)
     net.initialise(7)
     here = hashlib.sha256(b"".join(one.detach().numpy().tobytes() for one in net.parameters())).hexdigest()
-    assert told == {here}
+    assert other == here
     net.initialise(8)
     assert hashlib.sha256(b"".join(one.detach().numpy().tobytes() for one in net.parameters())).hexdigest() != here
 
@@ -279,8 +277,6 @@ def test_an_export_loads_into_the_plain_module_with_the_same_loss(
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_cell_learns_a_stream_with_a_rule(cell: str) -> None:
-    from models.datasets.vocabulary import Vocabulary
-
     # Each symbol follows from the last two, so a unigram or bigram model cannot reach this loss.
     stream = [0, 1]
     for _ in range(3000):
