@@ -1,0 +1,185 @@
+"""Commands that need no cluster: what they print, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paramserver.cli import figures
+from paramserver.cli.__main__ import main
+
+Job = Callable[..., Path]
+Capture = pytest.CaptureFixture[str]
+
+REFUSED = [
+    ("nme: x", "nme: unknown field; did you mean 'name'?"),
+    ("model: [", "not readable as YAML"),
+    ("", "is a mapping of fields"),
+]
+
+
+def test_help_and_errors_of_usage_import_nothing_heavy() -> None:
+    code = (
+        "import sys; from paramserver.cli.__main__ import main; main(['--help']); main(['up', '--help']);"
+        "heavy = {'torch', 'numba', 'numpy', 'zmq', 'yaml', 'httpx', 'fastapi'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "submit" in done.stdout
+
+
+def test_validate_imports_no_torch(tiny_job: Job) -> None:
+    code = (
+        "import sys; from paramserver.cli.__main__ import main; code = main(['validate', sys.argv[1]]);"
+        "sys.exit('imported torch' if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_job())], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_validate_prints_what_a_job_resolves_to(tiny_job: Job, capsys: Capture) -> None:
+    path = tiny_job()
+    assert main(["validate", str(path)]) == 0
+    shown = capsys.readouterr()
+    assert "encoding int8, tile 64" in shown.out
+    assert "is a valid job, and its data is here" in shown.out
+    assert shown.err == ""
+    assert main(["validate", "--json", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out)["job"]["optimizer"]["name"] == "adagrad"
+
+
+def test_a_warning_goes_to_standard_error_and_does_not_fail(tiny_job: Job, capsys: Capture) -> None:
+    path = tiny_job(workers=2)
+    path.write_text(path.read_text() + "optimizer: {name: sgd}\n")
+    assert main(["validate", str(path)]) == 0
+    assert "warning" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "message"), REFUSED)
+@pytest.mark.parametrize("command", ["validate", "run", "submit"])
+def test_a_wrong_job_is_one_message_with_the_file_and_exit_code_2(
+    command: str, text: str, message: str, tmp_path: Path, capsys: Capture
+) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    assert main([command, str(path)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"paramserver: {path}: ")
+    assert message in shown.err
+
+
+@pytest.mark.parametrize("command", ["validate", "run"])
+def test_missing_data_is_told_before_anything_starts(
+    command: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PARAMSERVER_DATA", raising=False)
+    path = tmp_path / "ptb.yaml"
+    path.write_text("name: ptb\nmodel: {family: recurrent, args: {task: word-lm}}\ndata: {name: ptb}\n")
+    assert main([command, str(path)]) == 2
+    assert "PARAMSERVER_DATA is not set" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_told(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["validate", str(tmp_path / "absent.yaml")]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_told_with_exit_code_2(capsys: Capture) -> None:
+    assert main(["up", "--shard", "2"]) == 2
+    assert "--shard" in capsys.readouterr().err
+    assert main(["nonsense"]) == 2
+    assert "nonsense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("engine", "part"), [("compose", "not supported yet"), ("k8s", "not known")])
+def test_another_engine_is_refused(engine: str, part: str, capsys: Capture) -> None:
+    assert main(["up", "--engine", engine]) == 2
+    assert part in capsys.readouterr().err
+
+
+def test_schema_is_json(capsys: Capture) -> None:
+    assert main(["schema"]) == 0
+    assert "properties" in json.loads(capsys.readouterr().out)
+
+
+def test_data_list_says_what_is_here_and_how_to_get_the_rest(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PARAMSERVER_DATA", raising=False)
+    assert main(["data", "list"]) == 0
+    shown = capsys.readouterr().out
+    assert "python-source  here" in shown
+    assert "ptb            not here" in shown
+    assert "set PARAMSERVER_DATA" in shown
+    assert main(["data", "list", "--json"]) == 0
+    assert {"name", "what", "where", "is_here", "how"} == set(json.loads(capsys.readouterr().out)[0])
+
+
+@pytest.mark.parametrize("command", [["jobs"], ["status"], ["cancel", "x"], ["export", "x", "--to", "f"]])
+def test_no_cluster_is_one_clear_message(
+    command: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARAMSERVER_HOME", str(tmp_path))
+    monkeypatch.delenv("PARAMSERVER_URL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 1
+    assert "no cluster runs on this machine" in capsys.readouterr().err
+    monkeypatch.setenv("PARAMSERVER_URL", "http://127.0.0.1:1")
+    assert main(command) == 1
+    assert "no coordinator answers at http://127.0.0.1:1" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_that_is_none_is_told(capsys: Capture) -> None:
+    assert main(["status", "--url", "nonsense"]) == 1
+    assert "nonsense" in capsys.readouterr().err
+
+
+def test_down_and_logs_without_a_cluster_say_so(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARAMSERVER_HOME", str(tmp_path))
+    assert main(["down"]) == 1
+    assert "no cluster runs" in capsys.readouterr().err
+    assert main(["logs"]) == 2
+    assert "no logs in" in capsys.readouterr().err
+
+
+def test_logs_of_several_processes_are_merged_by_time(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARAMSERVER_HOME", str(tmp_path))
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "a.log").write_text("1 first\n3 third\nhalf a li")
+    (tmp_path / "logs" / "b.log").write_text("2 second\n")
+    assert main(["logs"]) == 0
+    assert capsys.readouterr().out == "1 first\n2 second\n3 third\n"
+    assert main(["logs", "b"]) == 0
+    assert capsys.readouterr().out == "2 second\n"
+    assert main(["logs", "c"]) == 2
+    assert "there are: a, b" in capsys.readouterr().err
+
+
+def test_an_unexpected_error_shows_no_traceback_unless_asked(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        raise RuntimeError("the schema is broken")
+
+    monkeypatch.setattr("paramserver.job.job_schema", broken)
+    assert main(["schema"]) == 1
+    shown = capsys.readouterr().err
+    assert "unexpected RuntimeError: the schema is broken" in shown
+    assert "Traceback" not in shown
+    with pytest.raises(RuntimeError):
+        main(["--debug", "schema"])
+
+
+def test_byte_sizes_are_short() -> None:
+    assert [figures.byte_size(size) for size in (0, 999, 1500, 2_000_000, 3.2e12)] == [
+        "0 B", "999 B", "1.5 kB", "2.0 MB", "3200.0 GB",
+    ]  # fmt: skip
