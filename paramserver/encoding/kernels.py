@@ -161,49 +161,74 @@ def _encode_bf16(values, residual, frame, start):
 @inlined
 def _scale_of(largest):
     """The scale for a tile whose largest magnitude has these bits: a 127th of it, rounded up to 12 mantissa bits."""
-    if largest == np.uint32(0):
-        return np.float32(0)
-    if largest >= _INFINITY_BITS:
-        return np.float32(np.inf)
     bits = reinterpret(reinterpret(largest, np.float32) / np.float32(127), np.uint32)
     bits = np.uint32(np.uint32(bits + _SCALE_TAIL) & ~_SCALE_TAIL)
-    return reinterpret(np.uint32(min(max(bits, _SMALLEST_SCALE), LARGEST_SCALE_BITS)), np.float32)
+    bits = np.uint32(min(max(bits, _SMALLEST_SCALE), LARGEST_SCALE_BITS))
+    bits = np.uint32(0) if largest == np.uint32(0) else bits
+    bits = _INFINITY_BITS if largest >= _INFINITY_BITS else bits
+    return reinterpret(np.uint32(bits), np.float32)
 
 
 @inlined
-def _encode_tile(values, residual, frame, codes, low, count):
-    """Elements [low, low + count), one tile; returns its scale. Its codes go to byte `codes` and on."""
+def _add_values(values, residual, start, count):
+    """residual += values in [start, start + count); returns the largest magnitude's bits."""
     largest = np.uint32(0)
     for i in range(count):
-        total = values[np.uintp(low + i)] + residual[np.uintp(low + i)]
-        residual[np.uintp(low + i)] = total
+        total = values[np.uintp(start + i)] + residual[np.uintp(start + i)]
+        residual[np.uintp(start + i)] = total
         # The integer maximum vectorises, that of floats does not; magnitudes order as their bits.
         largest = max(largest, np.uint32(reinterpret(total, np.uint32) & _MAGNITUDE))
-    scale = _scale_of(largest)
-    inverse = np.float32(1) / scale if scale > np.float32(0) else np.float32(0)
+    return largest
+
+
+@inlined
+def _write_codes(residual, frame, codes, start, count, scale, inverse):
+    """Codes of [start, start + count), all of one tile, to byte `codes` and on; the residual keeps the rest."""
     for i in range(count):
-        total = residual[np.uintp(low + i)]
+        total = residual[np.uintp(start + i)]
         rounded = np.float32(total * inverse) + _ROUND
         # Beyond 127 only where the scale is at its upper limit.
         code = np.int32(reinterpret(rounded, np.int32) - np.int32(0x4B400000))
         code = max(np.int32(-127), min(np.int32(127), code))
         store(frame, codes + i, np.int8(code))
-        residual[np.uintp(low + i)] = total - np.float32(code) * scale
-    return scale
+        residual[np.uintp(start + i)] = total - np.float32(code) * scale
+
+
+@inlined
+def _encode_tiles(tile, whole, values, residual, frame, scales, codes, start, stop, inverses):
+    """The tiles of [start, stop), all `whole` or the last one ragged, in three passes over what the cache holds.
+
+    Each tile's scale waits for two divisions; side by side they overlap.
+    """
+    tiles = (stop - start + tile - 1) // tile
+    for k in range(tiles):
+        low = start + k * tile
+        count = tile if whole else min(tile, stop - low)
+        inverses[k] = reinterpret(_add_values(values, residual, low, count), np.float32)
+    for k in range(tiles):
+        scale = _scale_of(reinterpret(inverses[k], np.uint32))
+        store(frame, scales + 4 * k, scale)
+        inverses[k] = np.float32(1) / scale if scale > np.float32(0) else np.float32(0)
+    for k in range(tiles):
+        low = start + k * tile
+        count = tile if whole else min(tile, stop - low)
+        scale = load(frame, scales + 4 * k, np.float32)
+        _write_codes(residual, frame, codes + low, low, count, scale, inverses[k])
 
 
 @inlined
 def _encode_int8(tile, values, residual, frame, elements, start):
+    scales = 4 * (start // tile)
     codes = 4 * ((elements + tile - 1) // tile) + start
-    index = start // tile
-    for low in range(0, values.size, tile):
-        count = min(tile, values.size - low)
-        if count == WIDTH:
-            scale = _encode_tile(values, residual, frame, codes + low, low, WIDTH)
+    run = max(RUN, tile)
+    inverses = np.empty(run // tile, np.float32)
+    for low in range(0, values.size, run):
+        high = min(low + run, values.size)
+        at = scales + 4 * (low // tile)
+        if tile == WIDTH and (high - low) % WIDTH == 0:
+            _encode_tiles(WIDTH, True, values, residual, frame, at, codes, low, high, inverses)
         else:
-            scale = _encode_tile(values, residual, frame, codes + low, low, count)
-        store(frame, 4 * index, scale)
-        index += 1
+            _encode_tiles(tile, False, values, residual, frame, at, codes, low, high, inverses)
 
 
 @kernel

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import numpy as np
@@ -27,6 +27,7 @@ class Optimizer(ABC):
     """How an update changes a block's weights. `slots` is how many float32 of state an element needs."""
 
     slots: ClassVar[int]
+    _kernel: ClassVar[Callable[..., None]]
 
     def __init__(self, settings: OptimizerSettings) -> None:
         self._settings = settings
@@ -56,72 +57,73 @@ class Optimizer(ABC):
         for array in state:
             expect_float32(array, "optimiser state", weights.size)
         frame = _checked(encoding, frame, weights.size)
-        self._apply((encoding.kind, encoding.tile, frame, weights, *state), updates_before, lr_factor)
+        factors = tuple(map(np.float32, self._factors(updates_before, lr_factor)))
+        self._kernel(encoding.kind, encoding.tile, frame, weights, state, factors)
 
     @abstractmethod
-    def _apply(self, arrays: tuple[object, ...], updates_before: int, lr_factor: float) -> None:
-        """Call the kernel with (kind, tile, frame, weights, *state) and this step's float32 factors."""
+    def _factors(self, updates_before: int, lr_factor: float) -> tuple[float, ...]:
+        """This step's factors, in the order that the kernel lists them."""
 
 
 class Sgd(Optimizer):
     slots = 0
+    _kernel = staticmethod(kernels.sgd)
 
-    def _apply(self, arrays: tuple[object, ...], updates_before: int, lr_factor: float) -> None:
-        kernels.sgd(*arrays, np.float32(self._settings.lr * lr_factor))
+    def _factors(self, updates_before: int, lr_factor: float) -> tuple[float, ...]:
+        return (self._settings.lr * lr_factor,)
 
 
 class Momentum(Optimizer):
     """Heavy ball, without dampening: torch.optim.SGD(momentum=...). State: velocity."""
 
     slots = 1
+    _kernel = staticmethod(kernels.momentum)
 
-    def _apply(self, arrays: tuple[object, ...], updates_before: int, lr_factor: float) -> None:
-        kernels.momentum(*arrays, np.float32(self._settings.lr * lr_factor), np.float32(self._settings.momentum))
+    def _factors(self, updates_before: int, lr_factor: float) -> tuple[float, ...]:
+        return self._settings.lr * lr_factor, self._settings.momentum
 
 
-class Nesterov(Optimizer):
+class Nesterov(Momentum):
     """torch.optim.SGD(momentum=..., nesterov=True). State: velocity."""
 
-    slots = 1
-
-    def _apply(self, arrays: tuple[object, ...], updates_before: int, lr_factor: float) -> None:
-        kernels.nesterov(*arrays, np.float32(self._settings.lr * lr_factor), np.float32(self._settings.momentum))
+    _kernel = staticmethod(kernels.nesterov)
 
 
 class Adagrad(Optimizer):
     """Duchi et al. 2011, torch.optim.Adagrad. State: sum of squares, from initial_accumulator."""
 
     slots = 1
+    _kernel = staticmethod(kernels.adagrad)
 
     def state(self, elements: int) -> State:
         return (np.full(elements, self._settings.initial_accumulator, np.float32),)
 
-    def _apply(self, arrays: tuple[object, ...], updates_before: int, lr_factor: float) -> None:
-        kernels.adagrad(*arrays, np.float32(self._settings.lr * lr_factor), np.float32(self._settings.epsilon))
+    def _factors(self, updates_before: int, lr_factor: float) -> tuple[float, ...]:
+        return self._settings.lr * lr_factor, self._settings.epsilon
 
 
 class Adam(Optimizer):
     """Kingma and Ba 2015, torch.optim.Adam. State: mean, mean square. Bias correction counts the block's updates."""
 
     slots = 2
+    _kernel = staticmethod(kernels.adam)
 
-    def _apply(self, arrays: tuple[object, ...], updates_before: int, lr_factor: float) -> None:
+    def _factors(self, updates_before: int, lr_factor: float) -> tuple[float, ...]:
         beta1, beta2 = self._settings.betas
         step = self._settings.lr * lr_factor / (1 - beta1 ** (updates_before + 1))
         root = 1 / math.sqrt(1 - beta2 ** (updates_before + 1))
-        factors = (step, root, beta1, beta2, 1 - beta1, 1 - beta2, self._settings.epsilon)
-        kernels.adam(*arrays, *map(np.float32, factors))
+        return step, root, beta1, beta2, 1 - beta1, 1 - beta2, self._settings.epsilon
 
 
 class Rmsprop(Optimizer):
     """Hinton 2012, torch.optim.RMSprop. State: mean square."""
 
     slots = 1
+    _kernel = staticmethod(kernels.rmsprop)
 
-    def _apply(self, arrays: tuple[object, ...], updates_before: int, lr_factor: float) -> None:
+    def _factors(self, updates_before: int, lr_factor: float) -> tuple[float, ...]:
         decay = self._settings.decay
-        factors = (self._settings.lr * lr_factor, decay, 1 - decay, self._settings.epsilon)
-        kernels.rmsprop(*arrays, *map(np.float32, factors))
+        return self._settings.lr * lr_factor, decay, 1 - decay, self._settings.epsilon
 
 
 _MEMBERS: dict[str, type[Optimizer]] = {
