@@ -1,0 +1,72 @@
+"""`python -m paramserver.coordinator`: the one coordinator process of a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from paramserver.coordinator.runs import RunFolder
+from paramserver.coordinator.server import CoordinatorServer
+from paramserver.coordinator.store import Store, StoreError
+from paramserver.process import identify, install_stop, log
+from paramserver.protocol.transport import TransportError
+from paramserver.protocol.zeromq import ZeroMQTransport
+from paramserver.status.http import HttpError, HttpServer
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m paramserver.coordinator", description="Decides who does what.")
+    parser.add_argument("--listen", default="tcp://127.0.0.1:0", help="for shards and workers (default: a free port)")
+    parser.add_argument("--http", default="127.0.0.1:0", help="HOST:PORT of the HTTP API (default: a free port)")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of what jobs leave behind")
+    parser.add_argument("--state", type=Path, required=True, help="folder of the job store")
+    parser.add_argument("--ready-file", type=Path, required=True, help="written as JSON once both sockets are bound")
+    parser.add_argument(
+        "--data-root", type=Path, action="append", default=[], help="folder that a job's paths may be in; repeatable"
+    )
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = parse()
+    identify("coordinator", "coordinator")
+    stop = install_stop()
+    transport, ringing = ZeroMQTransport(), ZeroMQTransport()
+    try:
+        store = Store(options.state)
+        try:
+            server = CoordinatorServer(
+                transport, ringing, options.listen, store, RunFolder(options.runs), options.data_root
+            )
+            http = HttpServer(server.commands, options.http)
+            http.start()
+            try:
+                _write_ready(options.ready_file, server.address, http.address)
+                log("listening", control=server.address, http=http.address)
+                server.run(stop)
+            finally:
+                http.close()
+        finally:
+            store.close()
+    except (TransportError, StoreError, HttpError, OSError) as error:
+        log("refused", level="error", reason=error)
+        return 1
+    finally:
+        ringing.close()
+        transport.close()
+    log("stopped", reason=stop.reason)
+    return 0
+
+
+def _write_ready(path: Path, control: str, http: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.write_text(json.dumps({"pid": os.getpid(), "control": control, "http": http}), encoding="utf-8")
+    fresh.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

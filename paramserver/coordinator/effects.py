@@ -1,0 +1,101 @@
+"""What the core asks of the loop around it, in order: messages to send and facts to store.
+
+Facts come before the messages that rest on them, so that nothing is promised that a restart would forget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from paramserver.protocol.messages import LeaseDone, Message
+from paramserver.protocol.transport import Peer
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A job as the store keeps it. `number` is its place in the queue; `specification` the resolved JSON."""
+
+    id: str
+    number: int
+    specification: str
+    warnings: tuple[str, ...]
+    submitted: str  # wall clock, ISO 8601
+    state: str = "queued"
+    reason: str = ""  # why it failed or was cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseResult:
+    """A lease that is done, with what it was: kind and split."""
+
+    kind: str
+    split: str
+    examples: int
+    done: LeaseDone
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    peer: Peer
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class SaveName:
+    name: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class SaveJob:
+    """A new job, or the state of a known one."""
+
+    record: JobRecord
+
+
+@dataclass(frozen=True, slots=True)
+class SaveDocument:
+    """One of a job's documents, replaced as a whole: "placed", "progress" or "result"."""
+
+    job: str
+    kind: str
+    body: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SaveDone:
+    job: str
+    result: LeaseResult
+
+
+@dataclass(frozen=True, slots=True)
+class StorePart:
+    """Bytes of the export. `data` is a view that is valid until the effect is carried out."""
+
+    job: str
+    offset: int  # 0 begins the file anew
+    data: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class SealModel:
+    """All bytes are there: make them durable, then visible under their name."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class WriteResult:
+    job: str
+    result: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AppendMetrics:
+    job: str
+    figures: Mapping[str, Any]
+
+
+Effect = Send | SaveName | SaveJob | SaveDocument | SaveDone | StorePart | SealModel | WriteResult | AppendMetrics

@@ -1,0 +1,425 @@
+"""One job from its turn in the queue to its end: its states, its leases, and what each process should be doing.
+
+The states and what ends each are in docs/architecture.md. Nothing here waits or sends: the core feeds it what
+processes report and asks it for their orders; facts to store are appended to `effects`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
+from typing import Any, cast
+
+import msgspec
+
+from paramserver.coordinator.effects import (
+    Effect,
+    JobRecord,
+    LeaseResult,
+    SaveDocument,
+    SaveJob,
+    SealModel,
+    Send,
+    StorePart,
+)
+from paramserver.coordinator.leasing import Leasing
+from paramserver.coordinator.placement import PlacedShard, Placement, PlacementError, balance
+from paramserver.coordinator.sessions import Session
+from paramserver.coordinator.telemetry import Telemetry
+from paramserver.job import Job
+from paramserver.protocol.layout import Layout, LayoutError, check_layout
+from paramserver.protocol.messages import (
+    ExportPart,
+    ExportStored,
+    Member,
+    ShardAddress,
+    ShardOrder,
+    ShardReport,
+    WorkerOrder,
+    WorkerReport,
+)
+from paramserver.protocol.transport import Peer
+from paramserver.router.leases import Kind, LeaseError
+
+ACTIVE_STATES = ("initialising", "training", "draining", "evaluating", "exporting")
+FINAL_STATES = ("done", "failed", "cancelled")
+KIND_OF_STATE: dict[str, Kind] = {
+    "initialising": "initialise",
+    "training": "train",
+    "evaluating": "evaluate",
+    "exporting": "export",
+}
+RETURN_SECONDS = 10.0  # after a restart of the coordinator, how long a shard may take to be heard again
+TERM = 1  # placements do not change yet
+
+
+class JobRun:
+    """The job whose turn it is.
+
+    Args:
+        record: its stored row, state "queued" or, after a restart, an active one.
+        effects: shared with the core; what must be stored is appended.
+        count: counts a peer's inconsistent message by name.
+        documents, results: what an earlier coordinator stored of it.
+        settle_seconds: after a restart, how long processes may take to say what they hold before anything moves.
+    """
+
+    def __init__(
+        self,
+        record: JobRecord,
+        now: float,
+        effects: list[Effect],
+        count: Callable[[str], None],
+        documents: Mapping[str, Mapping[str, Any]] | None = None,
+        results: Iterable[LeaseResult] = (),
+        settle_seconds: float = 0.0,
+    ) -> None:
+        documents = documents or {}
+        self.record = record
+        self.job = Job.model_validate_json(record.specification)
+        self.telemetry = Telemetry()
+        self.layout: Layout | None = None
+        self.examples: dict[str, int] = {}
+        self.placement: Placement | None = None
+        self.workers_lost: list[str] = []
+        self._fingerprint = ""
+        self._shard_orders: dict[str, tuple[tuple[Member, ...], ShardOrder]] = {}
+        self._effects = effects
+        self._count = count
+        self._entered = now
+        self._settled_at = now + settle_seconds
+        self._shards_due_at = now + (RETURN_SECONDS if settle_seconds else 0.0)
+        self._export_lease = -1
+        self._export_stored = 0
+        self.seconds: dict[str, float] = {}
+        self._restore(documents, list(results))
+
+    # ------------------------------------------------------------------------------ restoring
+
+    def _restore(self, documents: Mapping[str, Mapping[str, Any]], results: list[LeaseResult]) -> None:
+        progress, placed = documents.get("progress", {}), documents.get("placed")
+        self.leasing = Leasing(self.record.id, self.job, self._effects, self._count, progress, results)
+        self.book = self.leasing.book
+        self.seconds = dict(progress.get("seconds", {}))
+        self.workers_lost = list(progress.get("workers_lost", []))
+        if placed is not None:
+            self._set_layout(msgspec.convert(placed["layout"], Layout), dict(placed["examples"]))
+            shards = tuple(msgspec.convert(shard, PlacedShard) for shard in placed["shards"])
+            self.placement = Placement(placed["term"], shards)
+
+    def save_progress(self, now: float) -> None:
+        body = {
+            **self.leasing.progress(),
+            "seconds": self.seconds_by_state(now),
+            "workers_lost": self.workers_lost,
+        }
+        self._effects.append(SaveDocument(self.record.id, "progress", body))
+
+    def save_leases_if_changed(self, now: float) -> None:
+        """Call before any order is sent: a lease number must be known to a successor before it leaves."""
+        if self.leasing.has_changed:
+            self.save_progress(now)
+
+    # -------------------------------------------------------------------------------- states
+
+    @property
+    def state(self) -> str:
+        return self.record.state
+
+    def seconds_by_state(self, now: float) -> dict[str, float]:
+        seconds = dict(self.seconds)
+        seconds[self.state] = seconds.get(self.state, 0.0) + max(0.0, now - self._entered)
+        return seconds
+
+    def enter(self, state: str, now: float, reason: str = "") -> None:
+        self.seconds = self.seconds_by_state(now)
+        self.record = replace(self.record, state=state, reason=reason)
+        self._entered = now
+        self.leasing.forget_speeds()
+        self.save_progress(now)
+        if state not in FINAL_STATES:  # the core seals it: the result is stored before the state
+            self._effects.append(SaveJob(self.record))
+
+    def fail(self, reason: str, now: float) -> None:
+        if self.state not in FINAL_STATES:
+            self.enter("failed", now, reason)
+
+    def is_settling(self, now: float) -> bool:
+        return now < self._settled_at
+
+    def advance(self, shards: list[Session], workers: list[Session], now: float) -> None:
+        """Move on as far as what is known allows."""
+        if self.state in FINAL_STATES or self.is_settling(now):
+            return
+        self._miss_shards(shards, now)
+        before = ""
+        while before != self.state and self.state not in FINAL_STATES:
+            before = self.state
+            match self.state:
+                case "initialising":
+                    self._advance_initialising(shards, now)
+                case "training":
+                    if self.book.left("train") == 0 or self.has_enough_steps():
+                        self.enter("draining", now)
+                case "draining":
+                    if all(map(self._has_drained, workers)):
+                        self.enter("evaluating", now)
+                case "evaluating":
+                    if self.book.left("evaluate") == 0:
+                        self.enter("exporting", now)
+
+    def _advance_initialising(self, shards: list[Session], now: float) -> None:
+        if self.layout is not None and self.placement is None:
+            self._place(shards, now)
+        if self.placement is None or self.book.left("initialise"):
+            return
+        reports = self._serving_reports(shards)
+        if reports is not None and all(report.initialised_blocks == report.blocks for report in reports):
+            self.enter("training", now)
+
+    def _miss_shards(self, shards: list[Session], now: float) -> None:
+        """After a restart: shards that were not heard of again in time."""
+        if self.placement is None or now < self._shards_due_at:
+            return
+        here = {session.name for session in shards}
+        for shard in self.placement.shards:
+            if shard.name not in here:
+                self.fail(self._lost_shard(shard, "it did not come back after the coordinator's restart"), now)
+
+    def _place(self, shards: list[Session], now: float) -> None:
+        assert self.layout is not None
+        if len(shards) < self.job.cluster.shards:
+            return
+        try:
+            placed = balance(self.layout, [session.name for session in shards], self.job.cluster.shards)
+        except PlacementError as error:
+            self.fail(str(error), now)
+            return
+        here = {session.name: session for session in shards}
+        self.placement = Placement(
+            TERM,
+            tuple(
+                PlacedShard(name, here[name].incarnation, here[name].address, blocks) for name, blocks in placed.items()
+            ),
+        )
+        body = {
+            "layout": msgspec.to_builtins(self.layout),
+            "examples": self.examples,
+            "term": TERM,
+            "shards": [asdict(shard) for shard in self.placement.shards],
+        }
+        self._effects.append(SaveDocument(self.record.id, "placed", body))
+
+    def has_enough_steps(self) -> bool:
+        return self.job.stop.steps is not None and self.steps() >= self.job.stop.steps
+
+    def steps(self) -> int:
+        """Of all workers together; what a dead one did not report is missing."""
+        return max(self.telemetry.steps, int(self.leasing.sums.get("train", {}).get("steps", 0)))
+
+    def waits_for(self, shards: list[Session], workers: list[Session]) -> str:
+        """What the job cannot go on without, in words; empty when nothing is missing."""
+        if self.state in FINAL_STATES:
+            return ""
+        if self.placement is None and len(shards) < self.job.cluster.shards:
+            return f"waiting for shards: {len(shards)} of {self.job.cluster.shards} are here"
+        return "" if workers else "waiting for workers: none is alive"
+
+    # ---------------------------------------------------------------------------- what is heard
+
+    def _own_report(self, session: Session) -> WorkerReport | None:
+        report = session.report
+        return report if isinstance(report, WorkerReport) and report.job == self.record.id else None
+
+    def _has_drained(self, worker: Session) -> bool:
+        """Whether nothing more is to come from the worker; one that never had a lease has nothing to flush."""
+        report = self._own_report(worker)
+        return report.drained if report is not None else not worker.pending
+
+    def hear_shard(self, session: Session, report: ShardReport, now: float) -> None:
+        placed = self._placed(session.name)
+        if report.job != self.record.id or placed is None:
+            return
+        if report.term != TERM or report.blocks != len(placed.blocks) or report.initialised_blocks > report.blocks:
+            self._count("inconsistent-report")
+            return
+        self.telemetry.shards[session.name] = report
+        if self.state in ACTIVE_STATES[1:] and report.initialised_blocks < report.blocks:
+            self.fail(self._lost_shard(placed, "it has lost their values"), now)
+
+    def shard_joined(self, session: Session, now: float) -> None:
+        """A shard registered; under another incarnation than the placed one it is an empty successor."""
+        placed = self._placed(session.name)
+        if placed is not None and placed.incarnation != session.incarnation:
+            self.fail(self._lost_shard(placed, "another process took its name"), now)
+
+    def shard_lost(self, session: Session, seconds: float, now: float) -> None:
+        placed = self._placed(session.name)
+        if placed is not None and self.state in ACTIVE_STATES:
+            self.fail(self._lost_shard(placed, f"it was not heard of for {seconds:.1f} s"), now)
+
+    def _lost_shard(self, shard: PlacedShard, how: str) -> str:
+        assert self.layout is not None
+        lost = sum(4 * self.layout.blocks[block].elements for block in shard.blocks)
+        return (
+            f"{shard.name!r} died ({how}) and with it {len(shard.blocks)} of {len(self.layout.blocks)} blocks, "
+            f"{lost / 1e6:.1f} MB of weights; there are no backups yet: start the shard again and submit the job again"
+        )
+
+    def worker_lost(self, session: Session, now: float) -> None:
+        if self.book.release(session.name) or self._own_report(session) is not None:
+            self.workers_lost.append(session.name)
+        self.leasing.forget_worker(session.name)
+        self.save_progress(now)
+
+    def hear_worker(self, session: Session, report: WorkerReport, seen: int, now: float) -> list[int]:
+        """Take in a worker's report. Returns the numbers of the leases whose result it may forget."""
+        if report.job != self.record.id:
+            return []
+        self.telemetry.workers[session.name, session.incarnation] = report
+        if report.failed:
+            self.fail(f"{session.name!r} says: {report.failed}", now)
+            return []
+        self._take_declaration(session, report, now)
+        confirmed = self.leasing.take_results(session, report.done)
+        self.leasing.compare(session, report, seen)
+        self.save_leases_if_changed(now)
+        return confirmed
+
+    def _take_declaration(self, session: Session, report: WorkerReport, now: float) -> None:
+        if report.layout is None or self.state != "initialising" or session.name not in self.book.holders("initialise"):
+            return
+        if self.layout is not None:
+            if report.layout != self.layout or report.examples != self.examples:
+                self.fail(
+                    f"{session.name!r} declares another model or other data than the worker before it: the machines "
+                    "do not have the same code, data or library versions; make them equal",
+                    now,
+                )
+            return
+        try:
+            check_layout(report.layout)
+        except LayoutError as error:
+            self._count("wrong-layout")
+            self.fail(f"{session.name!r} declared a layout that no model has: {error}", now)
+            return
+        try:
+            self._set_layout(report.layout, dict(report.examples))
+        except LeaseError as error:
+            self.fail(f"{session.name!r} declared {error}", now)
+
+    def _set_layout(self, layout: Layout, examples: dict[str, int]) -> None:
+        self.book.declare(examples)
+        self.leasing.limit_training()  # after a restart: what is done says how much is left
+        self.layout, self.examples, self._fingerprint = layout, examples, layout.fingerprint
+
+    # -------------------------------------------------------------------------------- orders
+
+    def _placed(self, name: str) -> PlacedShard | None:
+        shards = self.placement.shards if self.placement else ()
+        return next((shard for shard in shards if shard.name == name), None)
+
+    def members(self, workers: list[Session]) -> tuple[Member, ...]:
+        """The workers that count for consistency: those that hold training leases now."""
+        if self.state != "training":
+            return ()
+        holders = self.book.holders("train")
+        return tuple(Member(worker.name, worker.incarnation) for worker in workers if worker.name in holders)
+
+    def shard_order(self, session: Session, workers: list[Session]) -> ShardOrder | None:
+        placed = self._placed(session.name)
+        if placed is None or self.layout is None or placed.incarnation != session.incarnation:
+            return None
+        members = self.members(workers)
+        known = self._shard_orders.get(session.name)
+        # The same object while nothing changes: comparing and sending it again costs nothing.
+        if known is None or known[0] != members:
+            order = ShardOrder(
+                job=self.record.id,
+                specification=self.record.specification,
+                term=TERM,
+                phase=0,
+                layout=self.layout,
+                blocks=placed.blocks,
+                members=members,
+            )
+            known = self._shard_orders[session.name] = members, order
+        return known[1]
+
+    def is_placed(self, shards: list[Session]) -> bool:
+        """Whether workers may be sent to the shards: the blocks are placed and every shard serves its own."""
+        if self.placement is None:
+            return False
+        return self.state != "initialising" or self._serving_reports(shards) is not None
+
+    def _serving_reports(self, shards: list[Session]) -> list[ShardReport] | None:
+        """The reports of all placed shards, or None while one of them does not serve its order."""
+        assert self.placement is not None
+        reports = [self.telemetry.shards.get(shard.name) for shard in self.placement.shards]
+        if any(report is None for report in reports) or not shards:
+            return None
+        return cast(list[ShardReport], reports)
+
+    def stage_of(self, worker: Session, workers: list[Session]) -> str | None:
+        """What the worker should be doing, or None for nothing. Only one initialises and only one exports."""
+        if self.state in ("training", "draining", "evaluating"):
+            return {"training": "train", "draining": "drain", "evaluating": "evaluate"}[self.state]
+        kind = KIND_OF_STATE.get(self.state)
+        if kind is None:
+            return None
+        holder = next(iter(self.book.holders(kind)), None) or (workers[0].name if workers else None)
+        if worker.name == holder:
+            return kind
+        # The others keep the job at hand: one of them exports when the holder dies.
+        return "evaluate" if kind == "export" else None
+
+    def worker_order(
+        self, worker: Session, shards: list[Session], workers: list[Session], now: float
+    ) -> WorkerOrder | None:
+        """The worker's order, with new grants where it has room."""
+        stage = self.stage_of(worker, workers)
+        if stage is None:
+            return None
+        kind = KIND_OF_STATE.get(self.state)
+        hold = 0
+        if kind is not None and (kind in ("train", "evaluate") or stage == kind):
+            others = [one.name for one in workers]
+            hold = 2**31 if self.is_settling(now) else self.leasing.top_up(worker, others, kind, now)
+            self.save_leases_if_changed(now)
+        is_placed = self.is_placed(shards)
+        shards_placed = self.placement.shards if self.placement and is_placed else ()
+        return WorkerOrder(
+            job=self.record.id,
+            specification=self.record.specification,
+            stage=stage,  # type: ignore[arg-type]
+            term=TERM if is_placed else 0,
+            phase=0,
+            layout=self.layout if is_placed else None,
+            placement=tuple(ShardAddress(shard.name, shard.address, shard.blocks) for shard in shards_placed),
+            grants=tuple(lease for _, lease in worker.pending.values() if kind == lease.kind),
+            hold=hold,
+        )
+
+    # -------------------------------------------------------------------------------- export
+
+    def store_part(self, peer: Peer, part: ExportPart, data: memoryview, now: float) -> None:
+        """Take a piece of the model in order; the answer says how much is stored, whatever was sent."""
+        described = self.book.describe(part.lease)
+        is_export = self.state == "exporting" and described is not None and described[0] == "export"
+        if not is_export or not self.book.adopt(part.name, part.lease):
+            self._count("unknown-lease")
+            return
+        if part.lease != self._export_lease:
+            self._export_lease, self._export_stored = part.lease, 0
+        size = len(data)
+        if part.offset == self._export_stored and size and part.offset + size <= part.total:
+            self._effects.append(StorePart(self.record.id, part.offset, data))
+            self._export_stored += size
+        else:
+            self._count("export-out-of-order")
+        is_complete = self._export_stored == part.total > 0
+        if is_complete:
+            self._effects.append(SealModel(self.record.id))
+        self._effects.append(Send(peer, ExportStored(job=self.record.id, lease=part.lease, stored=self._export_stored)))
+        if is_complete:
+            self.enter("done", now)

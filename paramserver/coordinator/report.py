@@ -1,0 +1,122 @@
+"""What a job has come to, in plain JSON values: figures while it runs, a result when it is over.
+
+Losses are nats and bits an element, perplexity is exp(nats), bytes are whole messages on the shards' side.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+from paramserver.coordinator.lifecycle import JobRun
+from paramserver.coordinator.sessions import Session
+from paramserver.coordinator.telemetry import bits, plain, ratio
+
+
+def job_figures(run: JobRun, waiting: str, now: float) -> dict[str, Any]:
+    """The status of a job that runs or that ended last."""
+    telemetry = run.telemetry
+    rates = telemetry.sample(now, telemetry.totals())
+    loss = telemetry.loss()
+    figures: dict[str, Any] = {
+        "id": run.record.id,
+        "state": run.state,
+        "reason": run.record.reason,
+        "waiting": waiting,
+        "warnings": [*run.record.warnings, *run.leasing.warnings],
+        "seconds": _active_seconds(run, now),
+        "seconds_by_state": run.seconds_by_state(now),
+        "steps": run.steps(),
+        "steps_wanted": run.job.stop.steps,
+        "examples": _examples(run),
+        "examples_wanted": run.job.stop.epochs * run.examples.get("train", 0),
+        "examples_repeated": run.book.examples_repeated,
+        "leases_left": {kind: run.book.left(kind) for kind in ("train", "evaluate")},
+        "elements": run.layout.elements if run.layout else 0,
+        "blocks": len(run.layout.blocks) if run.layout else 0,
+        "loss": loss,
+        "bits": bits(loss),
+        **{f"{name}_a_second": rate for name, rate in rates.items()},
+        **telemetry.traffic(),
+        "staleness": telemetry.staleness(),
+        "residual_norm": telemetry.residual_norm(),
+        "queues": telemetry.queues(),
+        "faults": {**telemetry.faults(), "workers_lost": len(run.workers_lost)},
+        "refusals": telemetry.refusals(),
+        "workers_lost": list(run.workers_lost),
+        "shards": telemetry.by_shard(),
+        "workers": telemetry.by_worker(),
+    }
+    return cast(dict[str, Any], plain(figures))
+
+
+def job_result(run: JobRun, coordinator_refusals: dict[str, int], now: float) -> dict[str, Any]:
+    """What result.json holds."""
+    telemetry = run.telemetry
+    train = telemetry.loss()
+    sums = run.leasing.sums
+    skipped = max(telemetry.faults()["skipped_steps"], int(sums.get("train", {}).get("skipped_steps", 0)))
+    staleness = telemetry.staleness()
+    figures: dict[str, Any] = {
+        "job": run.record.id,
+        "name": run.job.name,
+        "seed": run.job.seed,
+        "state": run.state,
+        "reason": run.record.reason,
+        "train": _loss(train),
+        "valid": _loss(_mean_loss(run, "valid")),
+        "test": _loss(_mean_loss(run, "test")),
+        "steps": run.steps(),
+        "examples": _examples(run),
+        "examples_repeated": run.book.examples_repeated,
+        "skipped_steps": skipped,
+        "seconds": _active_seconds(run, now),
+        "seconds_by_state": run.seconds_by_state(now),
+        "staleness": {"all": staleness["all"], "by_worker": staleness["by_worker"]},
+        **telemetry.traffic(),
+        "refusals": {"shards": telemetry.refusals(), "coordinator": coordinator_refusals},
+        "faults": telemetry.faults(),
+        "workers_lost": list(run.workers_lost),
+        "warnings": [*run.record.warnings, *run.leasing.warnings],
+    }
+    return cast(dict[str, Any], plain(figures))
+
+
+def session_figures(session: Session, now: float) -> dict[str, Any]:
+    return {
+        "name": session.name,
+        "role": session.role,
+        "incarnation": session.incarnation,
+        "host": session.host,
+        "pid": session.pid,
+        "address": session.address,
+        "seconds_since_heartbeat": max(0.0, now - session.heard_at),
+        "seconds_alive": now - session.since,
+        "job": session.report.job if session.report else "",
+    }
+
+
+def _active_seconds(run: JobRun, now: float) -> float:
+    """Since the job's turn came."""
+    return sum(seconds for state, seconds in run.seconds_by_state(now).items() if state in _ACTIVE)
+
+
+_ACTIVE = ("initialising", "training", "draining", "evaluating", "exporting")
+
+
+def _examples(run: JobRun) -> float:
+    """Training examples that were worked on, parts of leases and repeated ones included."""
+    finished = run.telemetry.finished_examples
+    recorded = run.leasing.sums.get("train", {}).get("examples", 0)
+    return round(max(finished, recorded), 3)
+
+
+def _mean_loss(run: JobRun, split: str) -> float | None:
+    sums = run.leasing.sums.get(split, {})
+    return ratio(sums.get("loss_sum", 0.0), sums.get("elements", 0))
+
+
+def _loss(nats: float | None) -> dict[str, float | None]:
+    # Beyond 700 nats the perplexity is no float any more.
+    perplexity = math.exp(nats) if nats is not None and nats < 700 else None
+    return {"loss": nats, "bits": bits(nats), "perplexity": perplexity}

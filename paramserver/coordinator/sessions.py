@@ -1,0 +1,152 @@
+"""Sessions: who is a member, under which incarnation, and until when. No I/O, no clock.
+
+A name belongs to one live process. Its incarnation grows with every process that carries it, also across
+restarts of the coordinator, so that a successor is never taken for its predecessor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from paramserver.protocol.messages import (
+    PROTOCOL_VERSION,
+    Heartbeat,
+    Lease,
+    Refusal,
+    Register,
+    Registered,
+    ShardReport,
+    WorkerReport,
+)
+from paramserver.protocol.transport import Peer
+
+HEARTBEAT_SECONDS = 0.5
+SESSION_SECONDS = 3.0
+MAX_SESSIONS = 8192
+
+
+@dataclass
+class Session:
+    """One live process, as the coordinator sees it."""
+
+    name: str
+    role: Literal["shard", "worker"]
+    incarnation: int
+    peer: Peer
+    address: str
+    host: str
+    pid: int
+    since: float
+    heard_at: float
+    number: int = 0  # of the last order that was sent
+    report: ShardReport | WorkerReport | None = None  # None until the first heartbeat
+    pending: dict[int, tuple[int, Lease]] = field(default_factory=dict)
+    """Grants that no heartbeat has shown yet: lease number -> (first order that carried it, lease)."""
+    told: object = None  # what the last order was about: another one is sent unasked when this changes
+
+
+class Sessions:
+    """The members by name. `incarnations` holds the last one of every name that was ever heard of."""
+
+    def __init__(
+        self,
+        incarnations: Mapping[str, int],
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        session_seconds: float = SESSION_SECONDS,
+    ) -> None:
+        self.incarnations = dict(incarnations)
+        self.heartbeat_seconds = heartbeat_seconds
+        self.session_seconds = session_seconds
+        self._live: dict[str, Session] = {}
+
+    def get(self, name: str) -> Session | None:
+        return self._live.get(name)
+
+    def all(self) -> list[Session]:
+        return [self._live[name] for name in sorted(self._live)]
+
+    def of(self, role: Literal["shard", "worker"]) -> list[Session]:
+        """The live members of a role that have sent a heartbeat, by name."""
+        return [session for session in self.all() if session.role == role and session.report is not None]
+
+    def register(self, peer: Peer, message: Register, now: float) -> Registered | Refusal:
+        """Let a process join, or join again. Call `expire` first: a dead namesake must be gone by then."""
+        if message.version != PROTOCOL_VERSION:
+            return Refusal(
+                code="wrong-version",
+                detail=f"found protocol version {message.version}, this coordinator speaks {PROTOCOL_VERSION}; "
+                "install the same paramserver everywhere",
+            )
+        if message.role == "shard" and not message.address:
+            return Refusal(code="malformed", detail=f"shard {message.name!r} registered without an address")
+        last = self.incarnations.get(message.name, 0)
+        live = self._live.get(message.name)
+        if live is not None and not _is_same_process(live, peer, message):
+            return Refusal(
+                code="name-taken",
+                detail=f"{message.name!r} is a live {live.role} (process {live.pid} on {live.host or 'unknown host'})",
+            )
+        if live is None and len(self._live) >= MAX_SESSIONS:
+            return Refusal(code="not-served", detail=f"there are {MAX_SESSIONS} members already, the most allowed")
+        if live is None and 0 < message.incarnation < last:
+            return Refusal(
+                code="name-taken",
+                detail=f"{message.name!r} had a successor (incarnation {last}) after incarnation {message.incarnation}",
+            )
+        if live is not None:
+            live.peer, live.heard_at = peer, now
+        else:
+            incarnation = message.incarnation or last + 1
+            self.incarnations[message.name] = incarnation
+            live = self._live[message.name] = Session(
+                name=message.name,
+                role=message.role,
+                incarnation=incarnation,
+                peer=peer,
+                address=message.address,
+                host=message.host,
+                pid=message.pid,
+                since=now,
+                heard_at=now,
+            )
+        return Registered(
+            incarnation=live.incarnation,
+            heartbeat_seconds=self.heartbeat_seconds,
+            session_seconds=self.session_seconds,
+        )
+
+    def hear(self, peer: Peer, beat: Heartbeat, now: float) -> Session | None:
+        """The session that a heartbeat renews, or None when there is no such session."""
+        session = self._live.get(beat.name)
+        if session is None or session.incarnation != beat.incarnation:
+            return None
+        session.peer, session.heard_at = peer, now
+        session.number = max(session.number, beat.seen)
+        return session
+
+    def expire(self, now: float) -> list[Session]:
+        """End and return the sessions of which nothing was heard for `session_seconds`."""
+        ended = [session for session in self.all() if now - session.heard_at > self.session_seconds]
+        for session in ended:
+            del self._live[session.name]
+        return ended
+
+    def extend(self, seconds: float) -> None:
+        """The coordinator itself was away for so long: nobody could be heard."""
+        for session in self._live.values():
+            session.heard_at += seconds
+
+
+def _is_same_process(live: Session, peer: Peer, message: Register) -> bool:
+    """Whether a Register comes from the process that has the session.
+
+    A new process gives incarnation 0. It repeats that while the answer is lost: then it is the same
+    connection, or the same process on the same host behind a new connection.
+    """
+    if live.role != message.role:
+        return False
+    if message.incarnation:
+        return message.incarnation == live.incarnation
+    return live.peer == peer or (message.pid > 0 and (live.pid, live.host) == (message.pid, message.host))

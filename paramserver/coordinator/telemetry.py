@@ -1,0 +1,209 @@
+"""Telemetry: the last report of every process of a job, and the figures that they add up to.
+
+Reports are counters that only grow, so the last one of a process is all that it ever counted. A peer may
+report nonsense: what is not finite or not a histogram is left out here and never reaches a figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from paramserver.protocol.messages import ShardReport, StalenessRow, WorkerReport
+from paramserver.shard.staleness import LOWER_EDGES, add_counts, summarise
+
+RATE_SECONDS = 5.0  # rates are means over the last so many seconds
+
+
+def finite(value: float) -> float:
+    """The value, or 0 where a peer sent none that exists."""
+    return value if math.isfinite(value) else 0.0
+
+
+def plain(value: Any) -> Any:
+    """The same JSON value with None for every number that JSON cannot hold: sums of nonsense overflow."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def ratio(above: float, below: float) -> float | None:
+    """None where there is nothing to divide by."""
+    return above / below if below else None
+
+
+def bits(nats: float | None) -> float | None:
+    return None if nats is None else nats / math.log(2)
+
+
+class Telemetry:
+    """Of one job. Workers are kept by (name, incarnation): what a dead one counted stays counted."""
+
+    def __init__(self) -> None:
+        self.shards: dict[str, ShardReport] = {}
+        self.workers: dict[tuple[str, int], WorkerReport] = {}
+        self._samples: deque[tuple[float, dict[str, float]]] = deque()
+
+    @property
+    def steps(self) -> int:
+        return sum(report.steps for report in self.workers.values())
+
+    @property
+    def finished_examples(self) -> float:
+        return sum(finite(report.finished_examples) for report in self.workers.values())
+
+    def loss(self) -> float | None:
+        """The workers' last training loss, nats an element: the mean over those that have made a step."""
+        losses = [report.loss for report in self.workers.values() if report.steps and math.isfinite(report.loss)]
+        return sum(losses) / len(losses) if losses else None
+
+    def sample(self, now: float, totals: dict[str, float]) -> dict[str, float]:
+        """Rates a second of totals that grow, over the last RATE_SECONDS."""
+        if not self._samples or now > self._samples[-1][0]:
+            self._samples.append((now, totals))
+        while len(self._samples) > 2 and now - self._samples[1][0] >= RATE_SECONDS:
+            self._samples.popleft()
+        then, before = self._samples[0]
+        elapsed = now - then
+        # A process that took its job up again counts from 0: no rate is better than a negative one.
+        return {
+            name: max(0.0, total - before.get(name, 0.0)) / elapsed if elapsed else 0.0
+            for name, total in totals.items()
+        }
+
+    def totals(self) -> dict[str, float]:
+        """What rates are taken of."""
+        shards = self.shards.values()
+        return {
+            "examples": self.finished_examples,
+            "steps": self.steps,
+            "updates": sum(report.updates for report in shards),
+            "pushed_bytes": sum(report.bytes_in for report in shards),
+            "pulled_bytes": sum(report.bytes_out for report in shards),
+        }
+
+    def traffic(self) -> dict[str, Any]:
+        """Bytes and resolution each way, over the whole job."""
+        shards = list(self.shards.values())
+        figures: dict[str, Any] = {
+            "pushed_bytes": sum(report.bytes_in for report in shards),
+            "pulled_bytes": sum(report.bytes_out for report in shards),
+        }
+        for way in ("push", "pull"):
+            payload = sum(getattr(report, f"{way}_payload_bytes") for report in shards)
+            elements = sum(getattr(report, f"{way}_elements") for report in shards)
+            figures[f"{way}_bits_an_element"] = ratio(8 * payload, elements)
+            figures[f"{way}_compression"] = ratio(4 * elements, payload)
+        return figures
+
+    def staleness(self) -> dict[str, Any]:
+        """In all and by worker, shard and group."""
+        rows = [
+            (shard, row)
+            for shard, report in sorted(self.shards.items())
+            for row in report.staleness
+            if len(row.counts) <= len(LOWER_EDGES)
+        ]
+        return {
+            "all": _summary(row for _, row in rows),
+            "by_worker": {
+                name: _summary(row for _, row in rows if row.worker == name)
+                for name in sorted({row.worker for _, row in rows})
+            },
+            "by_shard": {
+                name: _summary(row for shard, row in rows if shard == name)
+                for name in sorted({shard for shard, _ in rows})
+            },
+            "by_group": {
+                name: _summary(row for _, row in rows if row.group == name)
+                for name in sorted({row.group for _, row in rows})
+            },
+        }
+
+    def refusals(self) -> dict[str, int]:
+        """By name, as the shards refused them."""
+        counts: Counter[str] = Counter()
+        for report in self.shards.values():
+            counts.update(report.refusals)
+        return dict(sorted(counts.items()))
+
+    def faults(self) -> dict[str, int]:
+        """What was survived: by name, over all processes."""
+        shards, workers = self.shards.values(), self.workers.values()
+        return {
+            "duplicates": sum(report.duplicates for report in shards),
+            "handshake_failures": sum(report.handshake_failures for report in shards),
+            "retries": sum(report.retries for report in workers),
+            "reconnections": sum(report.reconnections for report in workers),
+            "skipped_steps": sum(report.skipped_steps for report in workers),
+        }
+
+    def by_shard(self) -> dict[str, Any]:
+        return {
+            name: {
+                "blocks": report.blocks,
+                "initialised_blocks": report.initialised_blocks,
+                "elements": report.elements,
+                "updates": report.updates,
+                "duplicates": report.duplicates,
+                "pushes": report.pushes,
+                "pulls": report.pulls,
+                "parked_pulls": report.parked_pulls,
+                "pending_updates": report.pending_updates,
+                "bytes_in": report.bytes_in,
+                "bytes_out": report.bytes_out,
+                "waiting_seconds": finite(report.waiting_seconds),
+                "working_seconds": finite(report.working_seconds),
+                "refusals": dict(report.refusals),
+            }
+            for name, report in sorted(self.shards.items())
+        }
+
+    def by_worker(self) -> dict[str, Any]:
+        """By name; of several incarnations the last."""
+        return {
+            name: {
+                "incarnation": incarnation,
+                "stage": report.stage,
+                "device": report.device,
+                "steps": report.steps,
+                "finished_examples": finite(report.finished_examples),
+                "loss": finite(report.loss) if report.steps else None,
+                "skipped_steps": report.skipped_steps,
+                "leases_held": len(report.held),
+                "in_flight": report.in_flight,
+                "residual_norm": finite(report.residual_norm),
+                "push_bytes": report.push_bytes,
+                "pull_bytes": report.pull_bytes,
+                "retries": report.retries,
+                "reconnections": report.reconnections,
+                "waiting_seconds": finite(report.waiting_seconds),
+                "working_seconds": finite(report.working_seconds),
+                "refusals": dict(report.refusals),
+            }
+            for (name, incarnation), report in sorted(self.workers.items())
+        }
+
+    def queues(self) -> dict[str, int]:
+        """Depths now."""
+        return {
+            "parked_pulls": sum(report.parked_pulls for report in self.shards.values()),
+            "pending_updates": sum(report.pending_updates for report in self.shards.values()),
+            "in_flight": sum(report.in_flight for report in self.workers.values()),
+        }
+
+    def residual_norm(self) -> float:
+        """Of all workers' residuals taken as one vector."""
+        return math.hypot(*(finite(report.residual_norm) for report in self.workers.values()))
+
+
+def _summary(rows: Iterable[StalenessRow]) -> dict[str, Any]:
+    kept = list(rows)
+    summary = asdict(summarise(add_counts([row.counts for row in kept]), sum(row.total for row in kept)))
+    summary["histogram"] = {str(edge): count for edge, count in summary["histogram"].items()}
+    return summary

@@ -1,0 +1,294 @@
+"""The lease book of one job: which worker has which examples. It knows no socket, clock or file.
+
+The work of a job is a numbered list of *units*: one to initialise, one to export, then the batches of every
+epoch, then the batches of the evaluation. A lease number is `generation * 2^40 + unit`. The generation grows
+whenever a unit becomes free again, so a number never repeats, and what a number stands for needs no table.
+
+An epoch is a permutation that follows from (seed, epoch), made when it is reached; at most two are kept, so
+millions of examples and many epochs cost memory for neither.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from paramserver.protocol.messages import Lease
+
+Kind = Literal["initialise", "train", "evaluate", "export"]
+Outcome = Literal["done", "duplicate", "late", "unknown"]
+
+UNIT_BITS = 40
+MAX_UNITS = 2**UNIT_BITS
+_UNIT_MASK = MAX_UNITS - 1
+EVALUATED_SPLITS = ("valid", "test")
+
+
+class LeaseError(ValueError):
+    """Numbers of examples that no job can be cut from; the text says which and what is allowed."""
+
+
+@dataclass(frozen=True)
+class LeaseState:
+    """What a successor must know beside the units that are done."""
+
+    generation: int = 0
+    cursors: tuple[tuple[str, int], ...] = ()
+    examples_repeated: int = 0
+
+
+@dataclass
+class _Pool:
+    """The units [start, stop) of one kind. `free` may name units that are meanwhile held or done: skipped then."""
+
+    start: int
+    stop: int
+    cursor: int
+    free: list[int]
+    held: dict[int, tuple[str, int]]  # unit -> (worker, lease number)
+    lost: set[int]  # free because their holder died: granting them again repeats examples
+    done_above: set[int]
+    done_below: int  # all units below it are done
+
+    @classmethod
+    def over(cls, start: int, stop: int) -> _Pool:
+        return cls(start, stop, start, [], {}, set(), set(), start)
+
+    @property
+    def left(self) -> int:
+        """Units that are not done."""
+        return self.stop - self.done_below - len(self.done_above)
+
+    def is_done(self, unit: int) -> bool:
+        return unit < self.done_below or unit in self.done_above
+
+    def mark_done(self, unit: int) -> None:
+        self.held.pop(unit, None)
+        self.lost.discard(unit)
+        self.done_above.add(unit)
+        while self.done_below in self.done_above:
+            self.done_above.remove(self.done_below)
+            self.done_below += 1
+
+    def take(self) -> int | None:
+        """The next unit that nobody holds."""
+        while self.free:
+            unit = heapq.heappop(self.free)
+            if unit not in self.held and not self.is_done(unit):
+                return unit
+        while self.cursor < self.stop:
+            unit, self.cursor = self.cursor, self.cursor + 1
+            if not self.is_done(unit):
+                return unit
+        return None
+
+
+class LeaseBook:
+    """Grants units as leases, takes them back, and knows when all are done. One thread only.
+
+    Args:
+        batch: examples of a lease; the last one of an epoch or split may be shorter.
+        epochs: passes over the split "train".
+        seed: of the order of examples.
+        state, done: what an earlier book had come to (`state` property; units or lease numbers that are done).
+            Units that were granted and are not done wait to be adopted; granted again they count as repeated.
+    """
+
+    def __init__(
+        self, batch: int, epochs: int, seed: int, state: LeaseState | None = None, done: Iterable[int] = ()
+    ) -> None:
+        if batch < 1 or epochs < 1:
+            raise LeaseError(f"batch {batch} and epochs {epochs} must both be at least 1")
+        self._batch, self._epochs, self._seed = batch, epochs, seed
+        self._examples: dict[str, int] = {}
+        self._batches: dict[str, int] = {}
+        self._restored = state
+        self._restored_done = {number & _UNIT_MASK for number in done}
+        self._generation = state.generation + 1 if state else 0
+        self.examples_repeated = state.examples_repeated if state else 0
+        self._pools: dict[Kind, _Pool] = {}
+        self._add_pool("initialise", 0, 1)
+        self._add_pool("export", 1, 2)
+
+    def declare(self, examples: Mapping[str, int]) -> None:
+        """Say how many examples each split has. Raises LeaseError for counts that no job can have."""
+        for split, count in examples.items():
+            if split not in ("train", *EVALUATED_SPLITS) or not 0 <= count < 2**32:
+                raise LeaseError(
+                    f"{count} examples of split {split!r}: allowed are 'train', 'valid' and 'test' with 0 to 2^32 - 1"
+                )
+        if examples.get("train", 0) < 1:
+            raise LeaseError("the split 'train' has no example; there is nothing to train on")
+        batches = {split: -(-count // self._batch) for split, count in examples.items()}
+        trained = self._epochs * batches["train"]
+        evaluated = sum(batches.get(split, 0) for split in EVALUATED_SPLITS)
+        if 2 + trained + evaluated > MAX_UNITS:
+            raise LeaseError(
+                f"{self._epochs} epochs of {batches['train']} leases are more than {MAX_UNITS} leases; "
+                "lower stop.epochs or raise data.batch"
+            )
+        self._examples, self._batches = dict(examples), batches
+        self._add_pool("train", 2, 2 + trained)
+        self._add_pool("evaluate", 2 + trained, 2 + trained + evaluated)
+
+    def _add_pool(self, kind: Kind, start: int, stop: int) -> None:
+        pool = self._pools[kind] = _Pool.over(start, stop)
+        if self._restored is None:
+            return
+        pool.cursor = min(max(dict(self._restored.cursors).get(kind, start), start), stop)
+        for unit in sorted(self._restored_done):
+            if start <= unit < stop:
+                pool.mark_done(unit)
+        # Whoever was granted them may still hold them; what nobody adopts is handed out again.
+        pool.free = [unit for unit in range(pool.done_below, pool.cursor) if not pool.is_done(unit)]
+        pool.lost = set(pool.free)
+
+    @property
+    def state(self) -> LeaseState:
+        cursors = tuple((kind, pool.cursor) for kind, pool in sorted(self._pools.items()))
+        return LeaseState(self._generation, cursors, self.examples_repeated)
+
+    def limit_training(self, leases: int) -> None:
+        """End training after so many leases, or after those granted already where they are more."""
+        pool = self._pools["train"]
+        pool.stop = min(pool.stop, max(pool.start + leases, pool.cursor))
+
+    def left(self, kind: Kind) -> int:
+        """Leases of the kind that are not done, held ones included."""
+        pool = self._pools.get(kind)
+        return pool.left if pool else 0
+
+    def holders(self, kind: Kind) -> dict[str, int]:
+        """How many leases of the kind each worker holds; workers without one are left out."""
+        counts: dict[str, int] = {}
+        pool = self._pools.get(kind)
+        for worker, _ in pool.held.values() if pool else ():
+            counts[worker] = counts.get(worker, 0) + 1
+        return counts
+
+    def held_by(self, worker: str) -> list[int]:
+        """The numbers of the leases that the worker holds, of all kinds."""
+        return [number for pool in self._pools.values() for holder, number in pool.held.values() if holder == worker]
+
+    def grant(self, kind: Kind, worker: str, leases: int) -> list[Lease]:
+        """Give the worker up to so many more leases; fewer when no more are free."""
+        pool = self._pools.get(kind)
+        granted: list[Lease] = []
+        while pool is not None and len(granted) < leases:
+            unit = pool.take()
+            if unit is None:
+                break
+            lease = self._lease(kind, pool, unit)
+            if unit in pool.lost:
+                pool.lost.discard(unit)
+                if kind == "train":
+                    self.examples_repeated += len(lease.examples)
+            pool.held[unit] = (worker, lease.number)
+            granted.append(lease)
+        return granted
+
+    def finish(self, worker: str, number: int) -> Outcome:
+        """A worker says that the lease is done.
+
+        "done": counted, once for a unit. "duplicate": it was done before. "late": its holder was given up and
+        another holds the unit under a new number. "unknown": it was never granted to this worker.
+        """
+        found = self._find(number)
+        if found is None:
+            return "unknown"
+        pool, unit = found
+        if pool.is_done(unit):
+            return "duplicate"
+        holder, held_number = pool.held.get(unit, (worker, number))
+        if held_number != number:
+            return "late"
+        if holder != worker:
+            return "unknown"
+        pool.mark_done(unit)
+        return "done"
+
+    def describe(self, number: int) -> tuple[Kind, str, int] | None:
+        """Kind, split and number of examples of a lease that was granted; None for any other number."""
+        found = self._find(number)
+        if found is None:
+            return None
+        kind = next(kind for kind, pool in self._pools.items() if pool is found[0])
+        lease = self._lease(kind, *found)
+        return kind, lease.split, len(lease.examples)
+
+    def adopt(self, worker: str, number: int) -> bool:
+        """A worker says that it holds the lease. False when the unit is done, another's, or was never granted."""
+        found = self._find(number)
+        if found is None:
+            return False
+        pool, unit = found
+        if unit in pool.held:
+            return pool.held[unit] == (worker, number)
+        if pool.is_done(unit):
+            return False
+        pool.held[unit] = (worker, number)
+        pool.lost.discard(unit)
+        return True
+
+    def give_back(self, worker: str, numbers: Iterable[int], begun: bool) -> int:
+        """Free leases of the worker; numbers that it does not hold are ignored. Returns how many it were.
+
+        `begun` says whether some of their examples may have been trained on, so that a new grant repeats them.
+        """
+        freed = 0
+        for number in numbers:
+            found = self._find(number)
+            if found is None or found[0].held.get(found[1]) != (worker, number):
+                continue
+            pool, unit = found
+            del pool.held[unit]
+            heapq.heappush(pool.free, unit)
+            if begun:
+                pool.lost.add(unit)
+            freed += 1
+        if freed:
+            self._generation += 1
+        return freed
+
+    def release(self, worker: str) -> int:
+        """Free all leases of a worker that died. Returns how many it were."""
+        return self.give_back(worker, self.held_by(worker), begun=True)
+
+    def _find(self, number: int) -> tuple[_Pool, int] | None:
+        """The pool and unit of a number that was granted at some time."""
+        unit, generation = number & _UNIT_MASK, number >> UNIT_BITS
+        if generation > self._generation:
+            return None
+        for pool in self._pools.values():
+            if pool.start <= unit < pool.cursor:
+                return pool, unit
+        return None
+
+    def _lease(self, kind: Kind, pool: _Pool, unit: int) -> Lease:
+        number = self._generation << UNIT_BITS | unit
+        position = unit - pool.start
+        if kind == "train":
+            epoch, position = divmod(position, self._batches["train"])
+            order = _permutation(self._seed, epoch, self._examples["train"])
+            first = position * self._batch
+            examples = tuple(order[first : first + self._batch].tolist())
+            return Lease(number, "train", epoch=epoch, examples=examples)
+        if kind == "evaluate":
+            split = "valid" if position < self._batches.get("valid", 0) else "test"
+            position -= 0 if split == "valid" else self._batches.get("valid", 0)
+            first = position * self._batch
+            last = min(first + self._batch, self._examples[split])
+            return Lease(number, "evaluate", examples=tuple(range(first, last)), split=split)
+        return Lease(number, kind)
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, examples: int) -> npt.NDArray[np.int64]:
+    """The order of one epoch (examples,), int64; the caller may not change it."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(examples)
