@@ -14,6 +14,7 @@ from typing import Protocol
 import msgspec
 
 from paramserver.process import log
+from paramserver.protocol.buffers import Bytes
 from paramserver.protocol.framing import encode_message
 from paramserver.protocol.messages import (
     BlockValue,
@@ -33,7 +34,6 @@ from paramserver.protocol.messages import (
     Welcome,
 )
 from paramserver.protocol.transport import Channel, Malformed, Received, Sending
-from worker.buffers import Bytes
 from worker.counters import Counters
 from worker.errors import JobFailure, WorkerError
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from paramserver.encoding import Encoding, EncodingError, make_encoding, parse_encoding
 from paramserver.process import log
+from paramserver.protocol.buffers import BufferPool, Bytes
 from paramserver.protocol.framing import CUT_BYTES, batches_by_bytes
 from paramserver.protocol.messages import (
     BlockUpdate,
@@ -30,7 +31,6 @@ from paramserver.protocol.messages import (
     Want,
 )
 from paramserver.protocol.transport import Transport
-from worker.buffers import BufferPool, Bytes
 from worker.client import Identity, Request, ShardClient
 from worker.counters import Counters
 from worker.errors import JobFailure

@@ -19,6 +19,7 @@ class LeaseBook:
         self._begun: dict[int, Lease] = {}
         self._returned: set[int] = set()
         self._done: dict[int, LeaseDone] = {}
+        self._confirmed: set[int] = set()  # as long as their grant is repeated
         self._is_leaving = False
 
     @property
@@ -41,11 +42,14 @@ class LeaseBook:
     def take_orders(self, grants: Iterable[Lease], confirmed: Iterable[int], hold: int, kinds: frozenset[str]) -> bool:
         """Take in the grants of an order, of the kinds that its stage runs. True where something was handed back."""
         grants = tuple(grants)
+        granted = {lease.number for lease in grants}
         for number in confirmed:
             self._done.pop(number, None)
-        # What an order grants no longer it never grants again: the return is recorded.
-        self._returned &= {lease.number for lease in grants}
-        known = self._granted.keys() | self._begun.keys() | self._done.keys() | self._returned
+            self._confirmed.add(number)
+        # What an order grants no longer it never grants again: it need not be remembered.
+        self._confirmed &= granted
+        self._returned &= granted
+        known = self._granted.keys() | self._begun.keys() | self._done.keys() | self._returned | self._confirmed
         for lease in grants:
             if lease.number not in known:
                 self._granted[lease.number] = lease

@@ -102,6 +102,10 @@ def test_repeated_grant_is_held_once_and_a_finished_one_is_not_begun_again() -> 
     book.take_orders(leases(1), (), 100, TRAIN)
     assert book.begin("train") is None
     assert [done.number for done in book.done] == [1]
+    for confirmed in ((1,), ()):
+        book.take_orders(leases(1), confirmed, 100, TRAIN)
+        assert book.begin("train") is None
+    assert book.done == ()
 
 
 def test_surplus_over_hold_is_returned_newest_first_and_never_what_is_begun() -> None:

@@ -9,9 +9,9 @@ from worker_rig import make_parameters
 
 from models.task import Parameter
 from paramserver.encoding import EncodingError, make_encoding
+from paramserver.protocol.buffers import BufferPool
 from paramserver.protocol.layout import BLOCK_ELEMENTS
 from paramserver.protocol.transport import SENT
-from worker.buffers import BufferPool
 from worker.device import choose_device
 from worker.errors import JobFailure
 from worker.replica import Replica
