@@ -22,7 +22,9 @@ def main() -> None:
         exchange.run(sizes, rounds=1 if options.quick else 5, seconds=1.0 if options.quick else 3.0)
     if "convergence" in wanted:
         convergence.run(
-            steps=200 if options.quick else 1200, seeds=range(1 if options.quick else 3), workers=(2,) if options.quick else (2, 4)
+            steps=200 if options.quick else 1200,
+            seeds=range(1 if options.quick else 3),
+            workers=(2,) if options.quick else (2, 4),
         )
 
 

@@ -49,19 +49,24 @@ def _shard_process(
     import resource
     from threading import Thread
 
+    from paramserver.encoding import make_encoding
+    from paramserver.job import Job
     from paramserver.process import StopRequest
     from paramserver.protocol.messages import Register, ShardOrder
     from paramserver.protocol.zeromq import ZeroMQTransport
     from paramserver.shard.core import ShardCore
+    from paramserver.shard.optimizers import make_optimizer, warm_up
     from paramserver.shard.server import ShardServer
 
+    # The compiled kernels count as imports: they are loaded from their disk cache.
+    job = Job.model_validate_json(specification)
+    encodings = [make_encoding("fp32"), make_encoding(job.push.encoding), make_encoding(job.pull.encoding)]
+    warm_up(make_optimizer(job.optimizer), encodings)
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     layout = _layout(elements, shards)
     blocks = tuple(block.index for block in layout.blocks if block.parameter == f"part{number}")
     core = ShardCore(f"shard-{number}")
-    order = ShardOrder(
-        job="exchange", specification=specification, term=1, phase=0, layout=layout, blocks=blocks
-    )
+    order = ShardOrder(job="exchange", specification=specification, term=1, phase=0, layout=layout, blocks=blocks)
     core.take_order(order)
     stop = StopRequest()
     introduction = Register(role="shard", name=core.name, pid=os.getpid())
@@ -103,9 +108,7 @@ def _worker_process(
         name: torch.from_numpy(generator.normal(0, 1e-3, size).astype(np.float32)) for name, size in parts.items()
     }
     shards = [ShardAddress(name, address, blocks) for name, address, blocks in addresses]
-    with attach(
-        parameters, shards, job="exchange", worker=f"worker-{number}", term=1, encoding=push
-    ) as attached:
+    with attach(parameters, shards, job="exchange", worker=f"worker-{number}", term=1, encoding=push) as attached:
         if number == 0:
             attached.initialise()
         barrier.wait(60)

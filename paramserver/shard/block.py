@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paramserver.encoding.base import Bytes, Encoding, Float32
+from paramserver.protocol.buffers import BufferPool
 from paramserver.protocol.layout import Block
 from paramserver.shard.watermarks import Watermarks
 
@@ -46,11 +47,11 @@ class HeldBlock:
         self._first_values = digest
         return True
 
-    def snapshot(self, encoding: Encoding) -> memoryview:
-        """The weights as they are now, encoded into a fresh buffer that the caller may keep.
+    def snapshot(self, encoding: Encoding, pool: BufferPool) -> Bytes:
+        """The weights as they are now, encoded into a buffer of the pool; give it back when it is sent.
 
         The copy is needed: a transport still reads the buffer while the next update changes the weights.
         """
-        frame = np.empty(encoding.frame_bytes(self.elements), np.uint8)
+        frame = pool.take(encoding.frame_bytes(self.elements))
         encoding.encode(self.weights, frame)
-        return frame.data.toreadonly()
+        return frame

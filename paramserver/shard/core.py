@@ -15,6 +15,7 @@ import numpy as np
 from paramserver.encoding import Encoding, EncodingError, make_encoding
 from paramserver.encoding.base import Bytes
 from paramserver.job import Job
+from paramserver.protocol.buffers import BufferPool
 from paramserver.protocol.messages import (
     PROTOCOL_VERSION,
     Acknowledged,
@@ -40,7 +41,7 @@ from paramserver.protocol.messages import (
 from paramserver.protocol.transport import MAX_MESSAGE_BYTES
 from paramserver.shard.block import HeldBlock
 from paramserver.shard.consistency import make_policy
-from paramserver.shard.optimizers import make_optimizer
+from paramserver.shard.optimizers import make_optimizer, warm_up
 from paramserver.shard.telemetry import Telemetry
 from paramserver.shard.watermarks import Verdict
 
@@ -56,11 +57,11 @@ DAMPING: dict[str, Callable[[int], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A message for a peer. Frames are buffers that the core will not change."""
+    """A message for a peer. Its frames come from the core's pool: give them back when they are sent."""
 
     peer: bytes
     message: Message
-    frames: Sequence[memoryview] = ()
+    frames: Sequence[Bytes] = ()
 
 
 class Refused(Exception):  # noqa: N818  (a verdict on the peer's message, not an error of ours)
@@ -88,6 +89,7 @@ class Serving:
         push = make_encoding(self.job.push.encoding, self.job.push.tile)
         self.push_encodings: dict[str, Encoding] = {"fp32": make_encoding("fp32"), push.identifier: push}
         self.pull_encoding = make_encoding(self.job.pull.encoding)
+        warm_up(self.optimizer, {*self.push_encodings.values(), self.pull_encoding})
         self.telemetry = Telemetry()
         self.peers: dict[bytes, tuple[str, int]] = {}  # who said Hello: (worker, incarnation)
         self.parked: dict[bytes, Pull | Push] = {}  # one a peer: a repeated pull takes its place
@@ -104,6 +106,7 @@ class ShardCore:
     name: str
     serving: Serving | None = None
     refusals: Counter[str] = field(default_factory=Counter)
+    pool: BufferPool = field(default_factory=BufferPool)
 
     # ------------------------------------------------------------------ what to serve
 
@@ -210,7 +213,7 @@ class ShardCore:
         serving.parked.pop(peer, None)
         serving.telemetry.pulls += 1
         values: list[BlockValue] = []
-        frames: list[memoryview] = []
+        frames: list[Bytes] = []
         for block, want in zip(blocks, request.wants, strict=True):
             values.append(self._value(serving, block, want, frames))
         return [Reply(peer, Pulled(request=request.request, values=tuple(values)), frames)]
@@ -224,13 +227,13 @@ class ShardCore:
             raise Refused("malformed", detail)
         return blocks
 
-    def _value(self, serving: Serving, block: HeldBlock, want: Want, frames: list[memoryview]) -> BlockValue:
+    def _value(self, serving: Serving, block: HeldBlock, want: Want, frames: list[Bytes]) -> BlockValue:
         encoding = serving.pull_encoding
         if want.have == block.version:
             return BlockValue(block.index, block.version, "current", encoding.identifier)
-        frame = block.snapshot(encoding)
+        frame = block.snapshot(encoding, self.pool)
         frames.append(frame)
-        serving.telemetry.pulled(len(frame), block.elements)
+        serving.telemetry.pulled(frame.size, block.elements)
         return BlockValue(block.index, block.version, "snapshot", encoding.identifier, 1)
 
     def _release(self, serving: Serving) -> list[Reply]:

@@ -76,8 +76,9 @@ class ShardServer:
 
     def _send(self, replies: list[Reply]) -> None:
         for reply in replies:
-            self._listener.send(reply.peer, reply.message, reply.frames)
-            self._bytes_out += sum(len(frame) for frame in reply.frames)
+            sending = self._listener.send(reply.peer, reply.message, [frame.data for frame in reply.frames])
+            self.core.pool.give(reply.frames, [sending])
+            self._bytes_out += sum(frame.size for frame in reply.frames)
 
     def _beat(self) -> None:
         message = self._membership.due(monotonic())
