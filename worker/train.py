@@ -68,14 +68,20 @@ class LeasedBatches:
         self.acknowledged()
 
     def _next(self) -> Lease | None:
+        has_waited = False
         while self._source.is_wanted():
             if (lease := self._source.next_lease()) is not None:
+                if has_waited:
+                    # Others went on meanwhile: what is held may be very stale.
+                    self._exchange.settle()
+                    self._exchange.pull(self._counters.steps)
                 return lease
             # Nothing to overlap with: report what is done, or others would wait for it.
             self._exchange.settle_pushes()
             self.acknowledged()
             started = time.monotonic()
             self._source.wait_lease()
+            has_waited = True
             self._counters.waiting_seconds += time.monotonic() - started
         return None
 

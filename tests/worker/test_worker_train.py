@@ -136,3 +136,21 @@ def test_lease_in_the_middle_is_not_reported_when_the_process_leaves() -> None:
     training.trainer.run()
     assert training.source.results == []
     assert training.rig.updates() == len(SHAPES)
+
+
+def test_weights_are_fresh_after_a_wait_for_a_lease() -> None:
+    training = Training(leases=1)
+    other = training.rig.connect("w1", Replica(CountingTask().parameters()))
+
+    def others_go_on() -> None:
+        if training.source.results and len(training.task.seen) == 2:
+            gradients = {name: torch.full(shape, 10.0) for name, shape in SHAPES.items()}
+            other.begin(gradients, np.zeros(3, np.int64), 1)
+            other.settle()
+            training.source.leases = [Lease(2, "train", examples=(2,))]
+        else:
+            training.source.wanted = False
+
+    training.source.wait_lease = others_go_on  # type: ignore[method-assign]
+    training.trainer.run()
+    assert training.task.seen == [0.0, 0.0, -12.0, -12.0]
