@@ -75,6 +75,8 @@ def test_a_short_last_segment_counts_only_what_it_predicts(make_corpus: MakeCorp
     apart = [task.evaluate(batch) for one in (3, 4) for batch in task.batches("valid", [one])]
     assert [one.elements for one in together] == [5, 4, 4]
     assert sum(one.loss_sum for one in together) == pytest.approx(sum(one.loss_sum for one in apart), rel=1e-6)
+    means = [task.gradients(batch).loss for batch in task.batches("valid", [3, 4])]
+    assert means == pytest.approx([one.loss_sum / one.elements for one in together], rel=1e-6)
 
 
 def test_unknown_examples_and_splits_are_refused(make_corpus: MakeCorpus, small_data: RecurrentData) -> None:
