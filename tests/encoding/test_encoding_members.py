@@ -88,6 +88,7 @@ def test_extreme_magnitudes_are_conserved(encoding: Encoding, magnitude: float, 
     encoding.check(frame, elements)
     received = decoded(encoding, frame, elements)
     np.testing.assert_array_equal(received + residual, values)
+    assert (np.abs(residual) <= np.abs(values)).all()
     if magnitude >= 1e-30:
         np.testing.assert_allclose(received, values, rtol=0.01)
 
