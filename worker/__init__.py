@@ -1,5 +1,5 @@
 """The worker: a process that trains, and the library that it is made of. `worker.attach` is the way in."""
 
-from worker.attach import Attached, attach
+from worker.attached import Attached, attach
 
 __all__ = ["Attached", "attach"]

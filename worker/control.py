@@ -20,6 +20,7 @@ from worker.desk import Desk
 from worker.errors import WorkerError
 
 LOOK_SECONDS = 0.05  # how late a change at the desk may be told
+IDLE_LOOK_SECONDS = 0.5  # without a job nothing changes at the desk
 EXPORT_AGAIN_SECONDS = 2.0  # without an answer, the part is sent again
 
 
@@ -113,7 +114,7 @@ class ControlThread:
             try:
                 loop = ControlLoop(transport.connect(self._address), self._name, self._desk)
                 while not self._must_end.is_set():
-                    loop.step()
+                    loop.step(LOOK_SECONDS if self._desk.job is not None else IDLE_LOOK_SECONDS)
             finally:
                 transport.close()
         except BaseException as failure:  # handed to the main thread, which raises it
