@@ -12,6 +12,7 @@ from paramserver.job import Job, JobError, parse_job_text
 
 SOURCE = "submitted job"
 MAX_BATCH = 2**20
+MAX_DEPTH = 32
 
 
 def check_submission(text: str, data_roots: Sequence[Path]) -> Job:
@@ -25,19 +26,26 @@ def check_submission(text: str, data_roots: Sequence[Path]) -> Job:
 
 def _parse(text: str) -> Job:
     try:
-        # An alias makes a short text stand for an endless one.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise JobError(f"{SOURCE}: YAML aliases (*name) are not allowed; write the values out")
+        _check_shape(text)
     except yaml.YAMLError:
         pass  # parse_job_text explains it
-    except RecursionError:
-        raise JobError(f"{SOURCE}: nested too deeply") from None
     try:
         return parse_job_text(text, SOURCE)
     except JobError:
         raise
     except (ValueError, TypeError, RecursionError) as error:
         raise JobError(f"{SOURCE}: not readable as YAML: {' '.join(str(error).split())[:500]}") from None
+
+
+def _check_shape(text: str) -> None:
+    """Refuse short texts that stand for endless ones, or take for ever to read."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise JobError(f"{SOURCE}: YAML aliases (*name) are not allowed; write the values out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise JobError(f"{SOURCE}: nested more than {MAX_DEPTH} deep, the most allowed")
 
 
 def _inside(field: str, value: Any, roots: Sequence[Path]) -> Any:

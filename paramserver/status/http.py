@@ -122,7 +122,9 @@ def _explain_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     def unexpected(request: Request, error: Exception) -> JSONResponse:
         log("http-error", level="error", path=request.url.path, kind=type(error).__name__, reason=error)
-        return _error(500, f"{type(error).__name__}; the coordinator's log says more")
+        answer = _error(500, f"{type(error).__name__}; the coordinator's log says more")
+        answer.headers["Connection"] = "close"  # the server hangs up after such an error
+        return answer
 
 
 class _QuietServer(uvicorn.Server):

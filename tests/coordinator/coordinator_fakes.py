@@ -1,0 +1,298 @@
+"""A cluster of scripted processes around the coordinator's core, on an injected clock.
+
+Processes use the real membership; what they compute is made up. Facts go through a real store, so that a
+restart is what it is in life: a new core on what a killed one had committed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from paramserver.coordinator.core import CoordinatorCore
+from paramserver.coordinator.effects import AppendMetrics, Effect, SealModel, Send, StorePart, WriteResult
+from paramserver.coordinator.store import Store
+from paramserver.protocol.layout import Layout, Parameter, cut_layout
+from paramserver.protocol.membership import Membership
+from paramserver.protocol.messages import (
+    ExportPart,
+    ExportStored,
+    Lease,
+    LeaseDone,
+    Message,
+    Orders,
+    Register,
+    ShardOrder,
+    ShardReport,
+    StalenessRow,
+    WorkerOrder,
+    WorkerReport,
+)
+
+LAYOUT: Layout = cut_layout([Parameter("a", (30,), "one"), Parameter("b", (20,), "two"), Parameter("c", (10,), "two")])
+EXAMPLES = {"train": 40, "valid": 6, "test": 3}
+MODEL = bytes(range(100))
+
+
+def specification(**settings: Any) -> str:
+    job = {
+        "name": "job",
+        "model": {"family": "recurrent"},
+        "data": {"batch": 4},
+        "cluster": {"shards": 2, "workers": 2},
+        **settings,
+    }
+    return json.dumps(job)
+
+
+class FakeShard:
+    """Becomes what its order says; its blocks are initialised when a worker does so."""
+
+    role = "shard"
+
+    def __init__(self, name: str, pid: int) -> None:
+        self.name = name
+        introduction = Register(role="shard", name=name, address=f"tcp://{name}:1", pid=pid, host="fake")
+        self.membership = Membership(introduction, self.report)
+        self.order: ShardOrder | None = None
+        self.initialised: set[int] = set()
+
+    def report(self) -> ShardReport:
+        if self.order is None:
+            return ShardReport()
+        blocks = len(self.order.blocks)
+        return ShardReport(
+            job=self.order.job,
+            term=self.order.term,
+            blocks=blocks,
+            initialised_blocks=len(self.initialised & set(self.order.blocks)),
+            updates=7,
+            staleness=(StalenessRow("worker-0", "one", (3, 4), 4),),
+        )
+
+    def obey(self, message: Message, now: float) -> None:
+        orders = self.membership.hear(message, now)
+        if orders is None:
+            return
+        order = orders.order
+        assert order is None or isinstance(order, ShardOrder)
+        if order is None or self.order is None or order.job != self.order.job:
+            self.initialised.clear()
+        self.order = order
+
+    def work(self, cluster: Cluster) -> list[Message]:
+        return []
+
+
+class FakeWorker:
+    """Finishes one lease a round. `is_stuck` keeps it from working, not from beating."""
+
+    role = "worker"
+
+    def __init__(self, name: str, pid: int) -> None:
+        self.name = name
+        self.membership = Membership(Register(role="worker", name=name, pid=pid, host="fake"), self.report)
+        self.is_stuck = False
+        self.layout, self.examples, self.loss_sum, self.model = LAYOUT, EXAMPLES, 8.0, MODEL
+        self.log: list[Lease] = []
+        self.failed = ""
+        self._forget()
+
+    def _forget(self) -> None:
+        self.order: WorkerOrder | None = None
+        self.held: dict[int, Lease] = {}
+        self.returned: set[int] = set()
+        self.done: dict[int, LeaseDone] = {}
+        self.drained = False
+        self.stored = 0
+
+    def report(self) -> WorkerReport:
+        if self.order is None:
+            return WorkerReport()
+        declares = self.order.stage == "initialise" and not self.order.placement
+        return WorkerReport(
+            job=self.order.job,
+            stage=self.order.stage,
+            layout=self.layout if declares else None,
+            examples=self.examples if declares else {},
+            held=tuple(self.held),
+            returned=tuple(self.returned),
+            done=tuple(self.done.values()),
+            drained=self.drained,
+            failed=self.failed,
+            steps=2 * len([lease for lease in self.log if lease.kind == "train"]),
+            loss=2.0,
+        )
+
+    def obey(self, message: Message, now: float) -> None:
+        if isinstance(message, ExportStored):
+            self.stored = message.stored
+        orders = self.membership.hear(message, now)
+        if orders is None:
+            return
+        self._take(orders)
+
+    def _take(self, orders: Orders) -> None:
+        order = orders.order
+        assert order is None or isinstance(order, WorkerOrder)
+        if order is None or (self.order is not None and order.job != self.order.job):
+            self._forget()
+        if order is None:
+            return
+        self.order = order
+        for number in orders.confirmed:
+            self.done.pop(number, None)
+        self.returned &= {lease.number for lease in order.grants}
+        for lease in order.grants:
+            if lease.number not in {*self.held, *self.done, *self.returned}:
+                self.held[lease.number] = lease
+        while len(self.held) > order.hold:
+            self.returned.add(self.held.popitem()[0])
+
+    def work(self, cluster: Cluster) -> list[Message]:
+        if self.order is None or self.is_stuck:
+            return []
+        if self.order.stage == "drain":
+            self.drained = True
+        for number, lease in list(self.held.items()):
+            if lease.kind == "initialise":
+                if not self.order.placement:
+                    continue
+                for shard in self.order.placement:
+                    cluster.shard(shard.shard).initialised.update(shard.blocks)
+            if lease.kind == "export":
+                part = ExportPart(
+                    name=self.name,
+                    incarnation=self.membership.incarnation,
+                    job=self.order.job,
+                    lease=number,
+                    offset=self.stored,
+                    total=len(self.model),
+                )
+                return [part]
+            self.log.append(lease)
+            del self.held[number]
+            steps = 2 if lease.kind == "train" else 0
+            self.done[number] = LeaseDone(
+                number, steps=steps, elements=4 * len(lease.examples), loss_sum=self.loss_sum * len(lease.examples)
+            )
+            self.membership.beat_soon()
+            break
+        return []
+
+
+class Cluster:
+    """The core, its store, and the processes; `run` lets time pass."""
+
+    def __init__(self, folder: Path, shards: int = 2, workers: int = 2) -> None:
+        self.folder = folder
+        self.now = 100.0
+        self.store = Store(folder / "state-1")
+        self.core = CoordinatorCore(self.now, self.store.load())
+        self.processes: dict[str, FakeShard | FakeWorker] = {}
+        self.peers: dict[bytes, str] = {}
+        self.is_coordinator_up = True
+        self.restarts = 1
+        self.model = bytearray()
+        self.sealed: list[str] = []
+        self.written: dict[str, Any] = {}
+        self.metrics: list[dict[str, Any]] = []
+        self.sent: Counter[str] = Counter()
+        self.members: set[tuple[str, ...]] = set()
+        for i in range(shards):
+            self.start(FakeShard(f"shard-{i}", pid=10 + i))
+        for i in range(workers):
+            self.start(FakeWorker(f"worker-{i}", pid=20 + i))
+
+    def start(self, process: FakeShard | FakeWorker) -> None:
+        self.processes[process.name] = process
+
+    def kill(self, name: str) -> None:
+        del self.processes[name]
+
+    def shard(self, name: str) -> FakeShard:
+        process = self.processes[name]
+        assert isinstance(process, FakeShard)
+        return process
+
+    def worker(self, name: str) -> FakeWorker:
+        process = self.processes[name]
+        assert isinstance(process, FakeWorker)
+        return process
+
+    def workers(self) -> list[FakeWorker]:
+        return [process for process in self.processes.values() if isinstance(process, FakeWorker)]
+
+    def submit(self, text: str | None = None, name: str = "job") -> str:
+        job_id = self.core.unused_id(name, lambda candidate: False)
+        self.carry_out(self.core.submit(job_id, text or specification(), [], "today", self.now))
+        return job_id
+
+    def state(self, job_id: str = "job") -> str:
+        return self.core.jobs[job_id].state
+
+    def reason(self, job_id: str = "job") -> str:
+        return self.core.jobs[job_id].reason
+
+    def kill_coordinator(self) -> None:
+        """As SIGKILL does: the store is not closed; what was committed is all that a successor finds."""
+        self.is_coordinator_up = False
+        self.restarts += 1
+        shutil.copytree(self.folder / f"state-{self.restarts - 1}", self.folder / f"state-{self.restarts}")
+        self.store.close()
+
+    def restart_coordinator(self) -> None:
+        self.store = Store(self.folder / f"state-{self.restarts}")
+        self.core = CoordinatorCore(self.now, self.store.load())
+        self.is_coordinator_up = True
+
+    def carry_out(self, effects: list[Effect]) -> None:
+        self.store.save(effects)
+        for effect in effects:
+            match effect:
+                case Send():
+                    self.sent[type(effect.message).__name__] += 1
+                    process = self.processes.get(self.peers.get(effect.peer, ""))
+                    if process is not None:
+                        process.obey(effect.message, self.now)
+                    if isinstance(effect.message, Orders) and isinstance(effect.message.order, ShardOrder):
+                        self.members.add(tuple(member.worker for member in effect.message.order.members))
+                case StorePart():
+                    if effect.offset == 0:
+                        self.model.clear()
+                    assert effect.offset == len(self.model)
+                    self.model += effect.data
+                case SealModel():
+                    self.sealed.append(effect.job)
+                case WriteResult():
+                    self.written[effect.job] = effect.result
+                case AppendMetrics():
+                    self.metrics.append(dict(effect.figures))
+
+    def deliver(self, process: FakeShard | FakeWorker, message: Message) -> None:
+        peer = f"{process.name}/{id(process)}".encode()
+        self.peers[peer] = process.name
+        frames = []
+        if isinstance(message, ExportPart) and isinstance(process, FakeWorker):
+            frames = [memoryview(process.model)[message.offset : message.offset + 40]]
+        if self.is_coordinator_up:
+            self.carry_out(self.core.handle(peer, message, frames, self.now))
+
+    def run(self, seconds: float, until: str | None = None, job_id: str = "job") -> None:
+        """Let so much time pass, or less when the job comes to the state `until` (then it must)."""
+        end = self.now + seconds
+        while self.now < end:
+            if until is not None and job_id in self.core.jobs and self.state(job_id) == until:
+                return
+            self.now += 0.1
+            for process in list(self.processes.values()):
+                for message in process.work(self):
+                    self.deliver(process, message)
+                if (message := process.membership.due(self.now)) is not None:
+                    self.deliver(process, message)
+            if self.is_coordinator_up:
+                self.carry_out(self.core.tick(self.now))
+        assert until is None or self.state(job_id) == until, f"{self.state(job_id)}: {self.reason(job_id)}"
