@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.recurrent.arguments import RecurrentArguments, RecurrentData
-from models.recurrent.corpus import NOT_PREDICTED, SPLITS, Corpus, count_segments, cut_segments, load_corpus
+from models.recurrent.corpus import NOT_PREDICTED, Corpus, count_segments, cut_segments, load_corpus
 from models.recurrent.net import RecurrentNet, State
 from models.task import Evaluation, Parameter, Step
 
@@ -133,6 +133,3 @@ def _detached(state: State) -> State:
 def build(arguments: RecurrentArguments, data: RecurrentData, seed: int, device: torch.device) -> RecurrentTask:
     """The task of a checked job. Raises models.task.DataError where the text is missing or too short."""
     return RecurrentTask(arguments, data, load_corpus(arguments, data), seed, device)
-
-
-__all__ = ["SPLITS", "RecurrentTask", "Window", "build"]
