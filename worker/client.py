@@ -39,6 +39,7 @@ from worker.errors import JobFailure, WorkerError
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 2.0  # before asking again what was refused for now
 LONGEST_DEADLINES = 4  # the deadline of a resent request grows up to so many times the first
+LOOK_SECONDS = 1.0  # between two looks at how often the transport reconnected
 SILENT_DEADLINES = 2  # so long without a word from the shard, and the connection is taken for dead
 
 # Refused for now: the shard has not got its order, its blocks or our Hello yet. Ask again.
@@ -119,6 +120,7 @@ class ShardClient:
         self._hello_attempts = 0
         self._silent_since: float | None = None
         self._reconnections_seen = channel.reconnections
+        self._look_due = 0.0
 
     # ------------------------------------------------------------------ what is asked
 
@@ -141,6 +143,8 @@ class ShardClient:
         self._requests[request.message.request] = request
         if self._is_welcome:
             self._transmit(request, now)
+        else:
+            self.poll(now)
 
     def tick(self, step: int) -> None:
         """Tell the worker's clock. Not answered, not repeated."""
@@ -155,9 +159,11 @@ class ShardClient:
 
     def poll(self, now: float) -> float:
         """Send what is due (again). Returns when the next deadline is due, inf where nothing is awaited."""
-        reconnections = self.channel.reconnections
-        self._counters.reconnections += max(0, reconnections - self._reconnections_seen)
-        self._reconnections_seen = reconnections
+        if now >= self._look_due:
+            self._look_due = now + LOOK_SECONDS
+            reconnections = self.channel.reconnections
+            self._counters.reconnections += max(0, reconnections - self._reconnections_seen)
+            self._reconnections_seen = reconnections
         if not self._is_welcome:
             if now >= self._hello_due:
                 self._greet(now)

@@ -308,7 +308,6 @@ class Exchange:
         """Send requests as they are made, with at most IN_FLIGHT undecided ones a shard."""
         for client, request in requests:
             client.submit(request, self._clock())
-            self._serve(0.0)
             # A held pull is no reason to stop: it may wait for the very updates that come after it.
             self._wait(lambda client=client: client.undecided < IN_FLIGHT)  # type: ignore[misc]
 
