@@ -38,7 +38,7 @@ def submit(job_file: JobFile, url: Url = None, as_json: AsJson = False) -> None:
 
 
 def list_jobs(url: Url = None, as_json: AsJson = False) -> None:
-    """List all jobs, in the order of their submission."""
+    """List all jobs, the newest first."""
     with connected(url) as api:
         found = api.jobs()
     if as_json:
