@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from paramserver.encoding.base import Bytes, register
+from paramserver.encoding.base import Bytes, Float32, register
 from paramserver.encoding.member import CompiledEncoding
 
 
@@ -22,6 +22,16 @@ class Bf16(CompiledEncoding):
 
     def frame_bytes(self, elements: int) -> int:
         return 2 * elements
+
+    def _encode(self, values: Float32, frame: Bytes, residual: Float32) -> None:
+        from paramserver.encoding import kernels
+
+        kernels.encode_bf16(values, residual, frame)
+
+    def _encode_plain(self, values: Float32, frame: Bytes) -> None:
+        from paramserver.encoding import kernels
+
+        kernels.encode_bf16_plain(values, frame)
 
     def _is_finite(self, frame: Bytes, elements: int) -> bool:
         from paramserver.encoding import kernels

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from paramserver.encoding.base import Bytes, register
+import numpy as np
+
+from paramserver.encoding.base import Bytes, Float32, register
 from paramserver.encoding.member import CompiledEncoding
 
 
@@ -18,6 +20,14 @@ class Fp32(CompiledEncoding):
 
     def frame_bytes(self, elements: int) -> int:
         return 4 * elements
+
+    def _encode(self, values: Float32, frame: Bytes, residual: Float32) -> None:
+        from paramserver.encoding import kernels
+
+        kernels.encode_fp32(values, residual, frame)
+
+    def _encode_plain(self, values: Float32, frame: Bytes) -> None:
+        frame[:] = values.view(np.uint8)
 
     def _is_finite(self, frame: Bytes, elements: int) -> bool:
         from paramserver.encoding import kernels

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from paramserver.encoding.base import Bytes, register
+from paramserver.encoding.base import Bytes, Float32, register
 from paramserver.encoding.member import CompiledEncoding
 
 
@@ -31,6 +31,11 @@ class Int8(CompiledEncoding):
 
     def _tiles(self, elements: int) -> int:
         return -(-elements // self.tile)
+
+    def _encode(self, values: Float32, frame: Bytes, residual: Float32) -> None:
+        from paramserver.encoding import kernels
+
+        kernels.encode_int8(self.tile, values, residual, frame)
 
     def _is_finite(self, frame: Bytes, elements: int) -> bool:
         from paramserver.encoding import kernels

@@ -23,7 +23,7 @@ if sys.byteorder != "little":
 
 FP32, BF16, INT8 = 0, 1, 2
 
-RUN = 4096  # elements that are decoded at a time where a pass goes on with them: 16 KiB, half of a usual L1
+RUN = 4096  # elements that int8 encodes at a time: 16 KiB of residual, half of a usual L1
 
 WIDTH = 64  # the usual tile; as a constant it spares each tile the loop's remainder
 
@@ -135,27 +135,44 @@ def decode(kind, tile, frame, out):
 # ------------------------------------------------------------------------------------ encoding
 
 
-@inlined
-def _encode_fp32(values, residual, frame, start):
+@kernel
+def encode_fp32(values, residual, frame):
+    """Values + residual as they are; the residual is spent."""
     for i in range(values.size):
-        store(frame, 4 * (start + i), values[i] + residual[i])
+        store(frame, 4 * i, values[i] + residual[i])
         residual[i] = np.float32(0)
 
 
 @inlined
-def _encode_bf16(values, residual, frame, start):
-    """Round to nearest, half to even; never up to infinity. What is not finite stays so, for `check` to find."""
+def _bf16_of(value):
+    """The code as the upper half of a float32's bits, rounded to nearest, half to even; never up to infinity.
+
+    What is not finite stays so, for `check` to find.
+    """
+    bits = reinterpret(value, np.uint32)
+    magnitude = bits & _MAGNITUDE
+    top = np.uint32(magnitude >> np.uint32(16))
+    rounded = np.uint32(magnitude + np.uint32(0x7FFF) + (top & np.uint32(1))) >> np.uint32(16)
+    rounded = min(np.uint32(rounded), _LARGEST_BF16)
+    code = np.uint32(top | np.uint32(0x40)) if magnitude >= _INFINITY_BITS else np.uint32(rounded)
+    return np.uint32(code | np.uint32((bits & _SIGN) >> np.uint32(16)))
+
+
+@kernel
+def encode_bf16(values, residual, frame):
+    """Encode values + residual; the residual becomes what the frame does not hold."""
     for i in range(values.size):
         total = values[i] + residual[i]
-        bits = reinterpret(total, np.uint32)
-        magnitude = bits & _MAGNITUDE
-        top = np.uint32(magnitude >> np.uint32(16))
-        rounded = np.uint32(magnitude + np.uint32(0x7FFF) + (top & np.uint32(1))) >> np.uint32(16)
-        rounded = min(np.uint32(rounded), _LARGEST_BF16)
-        code = np.uint32(top | np.uint32(0x40)) if magnitude >= _INFINITY_BITS else np.uint32(rounded)
-        code = np.uint32(code | np.uint32((bits & _SIGN) >> np.uint32(16)))
-        store(frame, 2 * (start + i), np.uint16(code))
+        code = _bf16_of(total)
+        store(frame, 2 * i, np.uint16(code))
         residual[i] = total - reinterpret(np.uint32(code << np.uint32(16)), np.float32)
+
+
+@kernel
+def encode_bf16_plain(values, frame):
+    """Encode values alone."""
+    for i in range(values.size):
+        store(frame, 2 * i, np.uint16(_bf16_of(values[i])))
 
 
 @inlined
@@ -216,47 +233,19 @@ def _encode_tiles(tile, whole, values, residual, frame, scales, codes, start, st
         _write_codes(residual, frame, codes + low, low, count, scale, inverses[k])
 
 
-@inlined
-def _encode_int8(tile, values, residual, frame, elements, start):
-    scales = 4 * (start // tile)
-    codes = 4 * ((elements + tile - 1) // tile) + start
+@kernel
+def encode_int8(tile, values, residual, frame):
+    """Encode values + residual; the residual becomes what the frame does not hold."""
+    codes = 4 * ((values.size + tile - 1) // tile)
     run = max(RUN, tile)
     inverses = np.empty(run // tile, np.float32)
-    for low in range(0, values.size, run):
-        high = min(low + run, values.size)
-        at = scales + 4 * (low // tile)
-        if tile == WIDTH and (high - low) % WIDTH == 0:
-            _encode_tiles(WIDTH, True, values, residual, frame, at, codes, low, high, inverses)
-        else:
-            _encode_tiles(tile, False, values, residual, frame, at, codes, low, high, inverses)
-
-
-@kernel
-def _encode_run(kind, tile, values, residual, frame, elements, start):
-    """Encode a run that begins at element `start`, a multiple of the tile; `values` and `residual` are the run's."""
-    if kind == FP32:
-        _encode_fp32(values, residual, frame, start)
-    elif kind == BF16:
-        _encode_bf16(values, residual, frame, start)
-    else:
-        _encode_int8(tile, values, residual, frame, elements, start)
-
-
-@kernel
-def encode(kind, tile, values, residual, frame):
-    """Encode values + residual; the residual becomes what the frame does not hold. A tile stays in the cache."""
-    _encode_run(kind, tile, values, residual, frame, values.size, 0)
-
-
-@kernel
-def encode_plain(kind, tile, values, frame):
-    """Encode values alone: the same with a residual of zero in scratch, run by run."""
-    run = max(RUN, tile)
-    scratch = np.empty(min(run, values.size), np.float32)
     for start in range(0, values.size, run):
-        part = values[start : start + run]
-        scratch[: part.size] = np.float32(0)
-        _encode_run(kind, tile, part, scratch[: part.size], frame, values.size, start)
+        stop = min(start + run, values.size)
+        scales = 4 * (start // tile)
+        if tile == WIDTH and (stop - start) % WIDTH == 0:
+            _encode_tiles(WIDTH, True, values, residual, frame, scales, codes, start, stop, inverses)
+        else:
+            _encode_tiles(tile, False, values, residual, frame, scales, codes, start, stop, inverses)
 
 
 # ------------------------------------------------------------------------------------ checking

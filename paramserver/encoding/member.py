@@ -1,4 +1,4 @@
-"""What fp32, bf16 and int8 share: they switch on `kind` in the same compiled kernels.
+"""What fp32, bf16 and int8 share: the checks of their arrays, and one compiled decoder that switches on `kind`.
 
 The kernels, and with them numba, are imported with the first frame: a command that only reads a job starts fast.
 """
@@ -14,18 +14,24 @@ from paramserver.encoding.frames import expect_float32, input_values, output_fra
 
 
 class CompiledEncoding(Encoding):
-    """A member whose encode and decode are the kernels of paramserver.encoding.kernels. They release the GIL."""
+    """A member whose work is done by paramserver.encoding.kernels. They release the GIL."""
 
     def encode(self, values: Float32, frame: Bytes, residual: Float32 | None = None) -> None:
-        from paramserver.encoding import kernels
-
         values = input_values(values)
         output_frame(frame, self.frame_bytes(values.size))
         if residual is None:
-            kernels.encode_plain(self.kind, self.tile, values, frame)
+            self._encode_plain(values, frame)
         else:
             expect_float32(residual, "residual", values.size)
-            kernels.encode(self.kind, self.tile, values, residual, frame)
+            self._encode(values, frame, residual)
+
+    @abstractmethod
+    def _encode(self, values: Float32, frame: Bytes, residual: Float32) -> None:
+        """`encode` of arrays that were checked; values are read-only."""
+
+    def _encode_plain(self, values: Float32, frame: Bytes) -> None:
+        """The same without a residual."""
+        self._encode(values, frame, np.zeros(values.size, np.float32))
 
     def decode(self, frame: Bytes, out: Float32) -> None:
         from paramserver.encoding import kernels

@@ -12,6 +12,16 @@ import pytest
 
 from paramserver.encoding import compiled, kernels, make_encoding, warm_up
 
+ALL = [
+    kernels.encode_fp32,
+    kernels.encode_bf16,
+    kernels.encode_bf16_plain,
+    kernels.encode_int8,
+    kernels.decode,
+    kernels.largest_bits32,
+    kernels.largest_bits16,
+]
+
 
 def test_frames_of_every_origin_share_one_compiled_variant() -> None:
     values = np.ones(100, np.float32)
@@ -25,18 +35,12 @@ def test_frames_of_every_origin_share_one_compiled_variant() -> None:
         for frame in (np.zeros(size, np.uint8), np.frombuffer(bytes(size + 1), np.uint8)[1:]):
             encoding.check(frame, 100)
             encoding.decode(frame, np.empty(100, np.float32))
-    for kernel in (
-        kernels.encode,
-        kernels.encode_plain,
-        kernels.decode,
-        kernels.largest_bits32,
-        kernels.largest_bits16,
-    ):
+    for kernel in ALL:
         assert len(kernel.signatures) == 1, kernel
 
 
 def test_kernels_run_without_the_gil_and_without_fastmath() -> None:
-    for kernel in (kernels.encode, kernels.encode_plain, kernels.decode):
+    for kernel in ALL:
         assert kernel.targetoptions["nogil"]
         assert not kernel.targetoptions["fastmath"]
 
