@@ -98,7 +98,7 @@ def _worker_process(
 
     from models.task import Parameter
     from paramserver.protocol.messages import ShardAddress
-    from worker.attach import attach
+    from worker.attached import attach
 
     torch.set_num_threads(1)
     generator = np.random.default_rng(number)
