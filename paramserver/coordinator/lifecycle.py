@@ -91,6 +91,8 @@ class JobRun:
         self._shards_due_at = now + (RETURN_SECONDS if settle_seconds else 0.0)
         self._export_lease = -1
         self._export_stored = 0
+        self._is_exported = False
+        self._drained_at = now
         self.seconds: dict[str, float] = {}
         self._restore(documents, list(results))
 
@@ -102,6 +104,7 @@ class JobRun:
         self.book = self.leasing.book
         self.seconds = dict(progress.get("seconds", {}))
         self.workers_lost = list(progress.get("workers_lost", []))
+        self._is_exported = bool(progress.get("is_exported", False))
         if placed is not None:
             self._set_layout(msgspec.convert(placed["layout"], Layout), dict(placed["examples"]))
             shards = tuple(msgspec.convert(shard, PlacedShard) for shard in placed["shards"])
@@ -112,6 +115,7 @@ class JobRun:
             **self.leasing.progress(),
             "seconds": self.seconds_by_state(now),
             "workers_lost": self.workers_lost,
+            "is_exported": self._is_exported,
         }
         self._effects.append(SaveDocument(self.record.id, "progress", body))
 
@@ -163,10 +167,13 @@ class JobRun:
                         self.enter("draining", now)
                 case "draining":
                     if all(map(self._has_drained, workers)):
+                        self._drained_at = now
                         self.enter("evaluating", now)
                 case "evaluating":
                     if self.book.left("evaluate") == 0:
                         self.enter("exporting", now)
+                case "exporting":
+                    self._advance_exporting(shards, now)
 
     def _advance_initialising(self, shards: list[Session], now: float) -> None:
         if self.layout is not None and self.placement is None:
@@ -176,6 +183,15 @@ class JobRun:
         reports = self._serving_reports(shards)
         if reports is not None and all(report.initialised_blocks == report.blocks for report in reports):
             self.enter("training", now)
+
+    def _advance_exporting(self, shards: list[Session], now: float) -> None:
+        if not self._is_exported:
+            if self.book.left("export") == 0:
+                self.fail("a worker called the export done before its bytes had arrived; submit the job again", now)
+            return
+        # The result counts every update: the shards have spoken since the last one was acknowledged.
+        if all(session.heard_at > self._drained_at for session in shards if self._placed(session.name)):
+            self.enter("done", now)
 
     def _miss_shards(self, shards: list[Session], now: float) -> None:
         """After a restart: shards that were not heard of again in time."""
@@ -412,14 +428,13 @@ class JobRun:
         if part.lease != self._export_lease:
             self._export_lease, self._export_stored = part.lease, 0
         size = len(data)
-        if part.offset == self._export_stored and size and part.offset + size <= part.total:
+        if part.offset == self._export_stored and not self._is_exported and size and part.offset + size <= part.total:
             self._effects.append(StorePart(self.record.id, part.offset, data))
             self._export_stored += size
         else:
             self._count("export-out-of-order")
-        is_complete = self._export_stored == part.total > 0
-        if is_complete:
+        if self._export_stored == part.total > 0 and not self._is_exported:
+            self._is_exported = True
             self._effects.append(SealModel(self.record.id))
+            self.save_progress(now)
         self._effects.append(Send(peer, ExportStored(job=self.record.id, lease=part.lease, stored=self._export_stored)))
-        if is_complete:
-            self.enter("done", now)

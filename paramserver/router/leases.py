@@ -40,6 +40,7 @@ class LeaseState:
 
     generation: int = 0
     cursors: tuple[tuple[str, int], ...] = ()
+    handed_back: tuple[int, ...] = ()  # units that are free again and were never begun
     examples_repeated: int = 0
 
 
@@ -147,12 +148,20 @@ class LeaseBook:
                 pool.mark_done(unit)
         # Whoever was granted them may still hold them; what nobody adopts is handed out again.
         pool.free = [unit for unit in range(pool.done_below, pool.cursor) if not pool.is_done(unit)]
-        pool.lost = set(pool.free)
+        pool.lost = set(pool.free) - set(self._restored.handed_back)
 
     @property
     def state(self) -> LeaseState:
         cursors = tuple((kind, pool.cursor) for kind, pool in sorted(self._pools.items()))
-        return LeaseState(self._generation, cursors, self.examples_repeated)
+        handed_back = tuple(
+            sorted(
+                unit
+                for pool in self._pools.values()
+                for unit in set(pool.free) - pool.lost - pool.held.keys()
+                if not pool.is_done(unit)
+            )
+        )
+        return LeaseState(self._generation, cursors, handed_back, self.examples_repeated)
 
     def limit_training(self, leases: int) -> None:
         """End training after so many leases, or after those granted already where they are more."""
@@ -244,9 +253,14 @@ class LeaseBook:
         freed = 0
         for number in numbers:
             found = self._find(number)
-            if found is None or found[0].held.get(found[1]) != (worker, number):
+            if found is None:
                 continue
             pool, unit = found
+            if pool.held.get(unit) != (worker, number):
+                if not begun and unit not in pool.held:
+                    # Handed back while the book was away: nobody has trained on it.
+                    pool.lost.discard(unit)
+                continue
             del pool.held[unit]
             heapq.heappush(pool.free, unit)
             if begun:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 from coordinator_fakes import EXAMPLES, LAYOUT, MODEL, Cluster, FakeShard, FakeWorker, specification
 
@@ -245,6 +246,32 @@ def test_cancel_of_unknown_and_ended_jobs_is_an_error(cluster: Cluster) -> None:
     cluster.run(30, until="done")
     with pytest.raises(EndedJobError, match="done already"):
         cluster.core.cancel("job", cluster.now)
+
+
+def test_export_called_done_without_its_bytes_fails_the_job(cluster: Cluster) -> None:
+    cluster.submit()
+    cluster.run(30, until="exporting")
+    for worker in cluster.workers():
+        worker.is_stuck = True
+    cluster.run(1)
+    holder = next(worker for worker in cluster.workers() if worker.held)
+    done = tuple(LeaseDone(number) for number in holder.held)
+    holder.held.clear()
+    heartbeat(cluster, holder.name, WorkerReport(job="job", stage="export", done=done))
+    assert cluster.state() == "failed"
+    assert "before its bytes had arrived" in cluster.reason()
+
+
+def test_result_holds_what_the_shards_counted_last(cluster: Cluster) -> None:
+    """Training may end within one heartbeat of a shard: its last updates belong to the result."""
+    cluster.submit()
+    cluster.run(30, until="draining")
+    for name in ("shard-0", "shard-1"):
+        shard = cluster.shard(name)
+        earlier = shard.membership.report
+        shard.membership.report = lambda earlier=earlier: msgspec.structs.replace(earlier(), updates=1000)
+    cluster.run(30, until="done")
+    assert {shard["updates"] for shard in cluster.core.snapshot(cluster.now)["job"]["shards"].values()} == {1000}
 
 
 # ------------------------------------------------------------------------------------ restarts

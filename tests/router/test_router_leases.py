@@ -123,6 +123,18 @@ def test_returned_examples_are_granted_again_and_not_counted_as_repeated() -> No
     assert book.examples_repeated == 0
 
 
+def test_lease_handed_back_before_or_during_a_restart_does_not_count_as_repeated() -> None:
+    book = make_book(40, 4)
+    before, during, died = book.grant("train", "a", 3)
+    book.give_back("a", [before.number], begun=False)
+    restored = LeaseBook(4, 1, 0, book.state)
+    restored.declare({"train": 40, "valid": 5, "test": 3})
+    restored.give_back("a", [during.number], begun=False)
+    again = restored.grant("train", "b", 3)
+    assert {lease.examples for lease in again} == {before.examples, during.examples, died.examples}
+    assert restored.examples_repeated == len(died.examples)
+
+
 def test_result_of_a_worker_given_up_counts_unless_another_holds_the_unit() -> None:
     book = make_book(10, 4)
     one, two = book.grant("train", "a", 2)
