@@ -74,6 +74,13 @@ class Refused(Exception):  # noqa: N818  (a verdict on the peer's message, not a
         self.expected = expected
 
 
+def prepare(job: Job) -> None:
+    """Compile, or load, all that serving this job calls. Takes seconds the first time; safe in another thread."""
+    push = make_encoding(job.push.encoding, job.push.tile)
+    # A flushed residual comes at full precision, whatever the job's encoding.
+    warm_up(make_optimizer(job.optimizer), {make_encoding("fp32"), push, make_encoding(job.pull.encoding)})
+
+
 class Serving:
     """Everything that a shard holds for one job: blocks, optimiser, policy, counters, peers, parked pulls."""
 

@@ -9,9 +9,11 @@ from paramserver.protocol.membership import Membership
 from paramserver.protocol.messages import Orders, Register, ShardOrder, ShardReport
 from paramserver.protocol.transport import Channel, Listener, Malformed, Received, Transport
 from paramserver.shard.core import Reply, ShardCore
+from paramserver.shard.preparation import Preparation
 
 BATCH_MESSAGES = 64  # handled in a row before the control channel gets a look
 LONGEST_WAIT_SECONDS = 0.5  # how late a stop request may be seen
+PREPARING_WAIT_SECONDS = 0.05  # how late the end of a compilation may be seen
 
 
 class ShardServer:
@@ -34,6 +36,7 @@ class ShardServer:
         self._waiting_seconds = 0.0
         self._working_seconds = 0.0
         self._must_stop = False
+        self._preparation: Preparation | None = None
 
     @property
     def address(self) -> str:
@@ -48,13 +51,17 @@ class ShardServer:
             while not stop.is_set() and not self._must_stop:
                 self._beat()
                 started = perf_counter()
-                timeout = min(self._membership.seconds_to_next(monotonic()), LONGEST_WAIT_SECONDS)
+                longest = LONGEST_WAIT_SECONDS if self._preparation is None else PREPARING_WAIT_SECONDS
+                timeout = min(self._membership.seconds_to_next(monotonic()), longest)
                 ready = self._transport.wait([self._listener, self._control], timeout)
                 woken = perf_counter()
                 if self._listener in ready:
                     self._serve_batch()
                 if self._control in ready:
                     self._obey()
+                if self._preparation is not None and self._preparation.is_over():
+                    order, self._preparation = self._preparation.order, None
+                    self._become(order)
                 self._waiting_seconds += woken - started
                 self._working_seconds += perf_counter() - woken
         finally:
@@ -106,8 +113,23 @@ class ShardServer:
         if orders.order is not None and not isinstance(orders.order, ShardOrder):
             self.core.refusals["not-served"] += 1
             return
+        self._follow(orders.order)
+
+    def _follow(self, order: ShardOrder | None) -> None:
+        """Do what the order says; a new job waits until its kernels are compiled, and the old one is dropped."""
+        serving, waiting = self.core.serving, self._preparation
+        if order is None or (serving is not None and serving.order.job == order.job):
+            self._preparation = None
+            self._become(order)
+        elif waiting is not None and waiting.order.job == order.job:
+            waiting.order = order
+        else:
+            self._preparation = Preparation(order)
+            self._become(None)
+
+    def _become(self, order: ShardOrder | None) -> None:
         before = self.core.serving
-        self._send(self.core.take_order(orders.order))
+        self._send(self.core.take_order(order))
         if self.core.serving is not before:
             self._bytes_in = self._bytes_out = 0
             self._waiting_seconds = self._working_seconds = 0.0

@@ -1,0 +1,97 @@
+"""A shard that compiles for a new job goes on beating: cold kernels take longer than a session lasts."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from paramserver.job import Job
+from paramserver.process import StopRequest
+from paramserver.protocol.layout import Parameter, cut_layout
+from paramserver.protocol.messages import Heartbeat, Orders, Register, Registered, ShardOrder, ShardReport
+from paramserver.protocol.transport import Listener, Received
+from paramserver.protocol.zeromq import ZeroMQTransport
+from paramserver.shard import server as server_module
+from paramserver.shard.core import ShardCore
+from paramserver.shard.preparation import Preparation
+from paramserver.shard.server import ShardServer
+
+SPECIFICATION = json.dumps({"name": "job", "model": {"family": "recurrent"}})
+LAYOUT = cut_layout([Parameter("a", (8,), "first")])
+
+
+def order(job: str = "job", term: int = 1) -> ShardOrder:
+    return ShardOrder(job=job, specification=SPECIFICATION, term=term, phase=0, layout=LAYOUT, blocks=(0,))
+
+
+def reports(listener: Listener, seconds: float = 30.0) -> Any:
+    """The shard's reports, as a coordinator hears them; it answers the first words of the shard with an order."""
+    deadline = monotonic() + seconds
+    while monotonic() < deadline:
+        received = listener.receive(0.2)
+        if not isinstance(received, Received):
+            continue
+        if isinstance(received.message, Register):
+            registered = Registered(incarnation=1, heartbeat_seconds=0.02, session_seconds=3.0)
+            listener.send(received.peer, registered)
+        elif isinstance(received.message, Heartbeat):
+            listener.send(received.peer, Orders(number=1, order=order()))
+            assert isinstance(received.message.report, ShardReport)
+            yield received.message
+    pytest.fail("the shard fell silent")
+
+
+def test_a_shard_beats_while_it_compiles_and_then_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_compiling, may_end = threading.Event(), threading.Event()
+
+    def slow(job: Job) -> None:
+        is_compiling.set()
+        assert may_end.wait(30)
+
+    monkeypatch.setattr(server_module, "Preparation", lambda order: Preparation(order, slow))
+    transport, own, stop = ZeroMQTransport(), ZeroMQTransport(), StopRequest()
+    coordinator = transport.listen("tcp://127.0.0.1:0")
+    introduction = Register(role="shard", name="shard-0")
+    shard = ShardServer(ShardCore("shard-0"), own, "tcp://127.0.0.1:0", coordinator.address, introduction)
+    thread = threading.Thread(target=shard.run, args=(stop,))
+    thread.start()
+    try:
+        heard = reports(coordinator)
+        assert next(beat for beat in heard if is_compiling.is_set()).report.job == ""
+        for _ in range(10):
+            beat = next(heard)
+            assert beat.report.job == "", "it may not say that it serves what it cannot serve yet"
+        assert beat.seen == 1
+        may_end.set()
+        assert next(beat for beat in heard if beat.report.job == "job").report.blocks == 1
+    finally:
+        may_end.set()
+        stop.set("the test is over")
+        thread.join(30)
+        own.close()
+        coordinator.close()
+        transport.close()
+    assert not thread.is_alive()
+
+
+def _end(preparation: Preparation, poll: Callable[..., Any]) -> None:
+    poll("the preparation to end", preparation.is_over, 20)
+
+
+def test_what_fails_while_compiling_is_raised_in_the_loop(poll: Callable[..., Any]) -> None:
+    def broken(job: Job) -> None:
+        raise RuntimeError("no compiler")
+
+    with pytest.raises(RuntimeError, match="no compiler"):
+        _end(Preparation(order(), broken), poll)
+
+
+def test_a_preparation_compiles_for_the_job_of_its_order(poll: Callable[..., Any]) -> None:
+    compiled: list[str] = []
+    _end(Preparation(order(), lambda job: compiled.append(job.name)), poll)
+    assert compiled == ["job"]
