@@ -102,7 +102,13 @@ class Commands:
             stderr=subprocess.PIPE,
             text=True,
             cwd=self.directory,
-            env={**os.environ, "PARAMSERVER_HOME": str(self.home), "COLUMNS": "200", **environment},
+            env={
+                **os.environ,
+                "PARAMSERVER_HOME": str(self.home),
+                "TMPDIR": str(self.directory),  # a failed run keeps its logs there
+                "COLUMNS": "200",
+                **environment,
+            },
             start_new_session=True,
         )
 

@@ -31,7 +31,8 @@ def _await_line(stream: Any, part: str) -> threading.Thread:
 @pytest.mark.timeout(240)
 def test_a_job_runs_from_file_to_model(paramserver: Commands, tiny_job: Job, processes: Processes) -> None:
     path = tiny_job("whole", shards=2, workers=2)
-    done = paramserver("run", path, "--json", seconds=200)
+    # As on a fresh machine: every kernel is compiled anew, by several processes at a time.
+    done = paramserver("run", path, "--json", seconds=200, NUMBA_CACHE_DIR=str(paramserver.directory / "kernels"))
     assert processes() == []
     result = done.json()
     folder = paramserver.directory / "runs" / "whole"
@@ -46,7 +47,6 @@ def test_a_job_runs_from_file_to_model(paramserver: Commands, tiny_job: Job, pro
     assert result["pull_bits_an_element"] == 16.0
     assert result["staleness"]["all"]["updates"] > 0
     assert "training" in done.err
-    assert "loss" in done.err
 
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line["steps"] for line in metrics]
@@ -83,7 +83,7 @@ def _validation_loss(path: Path, model: Path) -> float:
 @pytest.mark.timeout(240)
 def test_ctrl_c_cancels_reaps_and_exits_130(paramserver: Commands, tiny_job: Job, processes: Processes) -> None:
     with paramserver.start("run", tiny_job("interrupted", epochs=100)) as process:
-        drain = _await_line(process.stderr, "training")
+        drain = _await_line(process.stderr, "| loss ")
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
         drain.join()
