@@ -193,13 +193,85 @@ def run(sizes: Sequence[int], rounds: int, seconds: float) -> None:
 
 
 def apply_rate(rounds: int, seconds: float, elements: int = 100_000) -> None:
-    """Print how many updates a second one shard takes from one worker, and where its time goes."""
-    results = [ours(elements, 1, 1, seconds, optimizer="adagrad") for _ in range(rounds)]
-    rates = [result["cycles_per_second"] for result in results]
-    shard = results[-1]["shards"][0]
+    """Print how many updates a second one shard takes from one worker, and where its time goes.
+
+    Updates alone: the worker keeps PIPELINE pushes on their way and pulls nothing.
+    """
+    rows, facts = [], []
+    for optimizer in ("sgd", "adagrad", "adam"):
+        for encoding in ("fp32", "int8"):
+            results = [_push_only(elements, encoding, optimizer, seconds) for _ in range(rounds)]
+            rates = [result["updates_per_second"] for result in results]
+            waiting = [result["waiting_share"] for result in results]
+            rows.append([optimizer, encoding, spread(rates), f"{100 * median(waiting):.0f}%"])
+            facts.append({"optimizer": optimizer, "encoding": encoding, "updates_per_second": rates})
     show(
-        f"one shard, one worker, {elements:,} parameters, fp32, Adagrad",
-        ["push + apply + pull a second: median (range)", "shard waiting s", "shard working s"],
-        [[spread(rates), f"{shard['waiting_seconds']:.2f}", f"{shard['working_seconds']:.2f}"]],
-        {"benchmark": "apply", "cycles_per_second": rates},
+        f"one shard, one worker, updates of {elements:,} parameters",
+        ["optimizer on the shard", "encoding", "updates a second: median (range)", "shard waiting"],
+        rows,
+        {"benchmark": "apply", "results": facts},
     )
+
+
+PIPELINE = 8  # pushes on their way; a shard handles one at a time
+
+
+def _push_only(elements: int, encoding: str, optimizer: str, seconds: float) -> dict[str, float]:
+    from paramserver.encoding import make_encoding
+    from paramserver.protocol.messages import BlockUpdate, Hello, Initialise, Push, Pushed, Welcome
+    from paramserver.protocol.transport import Received
+    from paramserver.protocol.zeromq import ZeroMQTransport
+
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.SimpleQueue(), context.SimpleQueue()
+    arguments = (0, 1, elements, _specification(encoding, "fp32", optimizer), ready, done)
+    server = context.Process(target=_shard_process, args=arguments, daemon=True)
+    server.start()
+    _, _, address, _ = ready.get()
+    layout, transport = _layout(elements, 1), ZeroMQTransport()
+    channel = transport.connect(address)
+
+    def answer(kind: type) -> Any:
+        received = channel.receive(30)
+        if not isinstance(received, Received) or not isinstance(received.message, kind):
+            raise RuntimeError(f"expected {kind.__name__} from the shard, got {received}")
+        return received.message
+
+    coder = make_encoding(encoding)
+    frame = np.empty(coder.frame_bytes(elements), np.uint8)
+    values = np.random.default_rng(0).normal(0, 1e-3, elements).astype(np.float32)
+    coder.encode(values, frame, np.zeros(elements, np.float32))
+    identity = {"job": "exchange", "worker": "worker-0", "incarnation": 1}
+    channel.send(Hello(**identity, layout=layout.fingerprint))
+    answer(Welcome)
+    initialise = Initialise(request=0, job="exchange", term=1, layout=layout.fingerprint, blocks=(0,))
+    channel.send(initialise, [np.zeros(elements, np.float32).data])
+    channel.receive(30)
+
+    def push(sequence: int) -> None:
+        update = BlockUpdate(
+            0, sequence, sequence - 1 if sequence <= PIPELINE else sequence - PIPELINE, coder.identifier
+        )
+        channel.send(Push(request=sequence, term=1, step=sequence, updates=(update,), **identity), [frame.data])
+
+    sent = 0
+    for _ in range(PIPELINE):
+        sent += 1
+        push(sent)
+    started, applied = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        if answer(Pushed).refused:
+            raise RuntimeError("the shard refused an update of the benchmark")
+        applied += 1
+        sent += 1
+        push(sent)
+    elapsed = time.perf_counter() - started
+    for _ in range(PIPELINE):
+        answer(Pushed)
+    channel.close()
+    transport.close()
+    done.put(None)
+    report = ready.get()
+    server.join(30)
+    waiting, working = report["waiting_seconds"], report["working_seconds"]
+    return {"updates_per_second": applied / elapsed, "waiting_share": waiting / (waiting + working)}
