@@ -277,14 +277,9 @@ class ShardClient:
             position += value.frames
             if value.block in request.awaited and self._sink.value(value, frame):
                 request.awaited.discard(value.block)
-        was_held, request.is_held = request.is_held, False
+        request.is_held = False
         if request.awaited:
             self._pause(request, now)  # an unusable value: ask for it again
-        if was_held:
-            # A shard may keep only one held pull a worker: the policy has moved, so ask for the others again.
-            for other in self.requests:
-                if other.is_held:
-                    self._transmit(other, now)
         self._finish_if_complete(request)
 
     def _on_refusal(self, refusal: Refusal, now: float) -> None:

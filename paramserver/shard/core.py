@@ -46,6 +46,7 @@ from paramserver.shard.telemetry import Telemetry
 from paramserver.shard.watermarks import Verdict
 
 MAX_PEERS = 65536
+MAX_PARKED = 4096  # held pulls a peer; a worker has a few messages a step
 MAX_ANSWER_BYTES = MAX_MESSAGE_BYTES - 2**20  # what is left is for the head
 # lr factor by staleness in versions (staleness-aware SGD: Zhang et al., IJCAI 2016, eq. 5; its root is milder).
 DAMPING: dict[str, Callable[[int], float]] = {
@@ -99,7 +100,14 @@ class Serving:
         warm_up(self.optimizer, {*self.push_encodings.values(), self.pull_encoding})
         self.telemetry = Telemetry()
         self.peers: dict[bytes, tuple[str, int]] = {}  # who said Hello: (worker, incarnation)
-        self.parked: dict[bytes, Pull | Push] = {}  # one a peer: a repeated pull takes its place
+        self.parked: dict[bytes, dict[int, Pull | Push]] = {}  # by peer and request: a repeated one takes its place
+
+    def unpark(self, peer: bytes, request: Pull | Push) -> None:
+        """Forget a parked pull; nothing happens where it is none."""
+        parked = self.parked.get(peer, {})
+        parked.pop(request.request, None)
+        if not parked:
+            self.parked.pop(peer, None)
 
     def _apply(self, block: HeldBlock, encoding: Encoding, frame: Bytes, staleness: int) -> None:
         self.optimizer.apply(block.weights, block.state, block.version, encoding, frame, self.damping(staleness))
@@ -164,7 +172,7 @@ class ShardCore:
 
     def _push(self, peer: bytes, push: Push, frames: Sequence[memoryview]) -> list[Reply]:
         serving = self._admit(peer, push)
-        self._wanted(serving, push)  # before anything changes: a refused message must change nothing
+        self._wanted(serving, peer, push)  # before anything changes: a refused message must change nothing
         acknowledged: list[Acknowledged] = []
         refused: list[RefusedUpdate] = []
         for update, frame in zip(push.updates, frames, strict=True):
@@ -213,11 +221,11 @@ class ShardCore:
 
     def _answer_pull(self, serving: Serving, peer: bytes, request: Pull | Push) -> list[Reply]:
         """The values that a pull wants, or nothing yet where the policy makes it wait."""
-        blocks = self._wanted(serving, request)
+        blocks = self._wanted(serving, peer, request)
         if not serving.policy.may_pull(request.worker, (block.index for block in blocks)):
-            serving.parked[peer] = request
+            serving.parked.setdefault(peer, {})[request.request] = request
             return [Reply(peer, Held(request=request.request))]
-        serving.parked.pop(peer, None)
+        serving.unpark(peer, request)
         serving.telemetry.pulls += 1
         values: list[BlockValue] = []
         frames: list[Bytes] = []
@@ -225,13 +233,16 @@ class ShardCore:
             values.append(self._value(serving, block, want, frames))
         return [Reply(peer, Pulled(request=request.request, values=tuple(values)), frames)]
 
-    def _wanted(self, serving: Serving, request: Pull | Push) -> list[HeldBlock]:
+    def _wanted(self, serving: Serving, peer: bytes, request: Pull | Push) -> list[HeldBlock]:
         """The blocks that a request wants. Raises Refused where one is not here or the answer fits no message."""
         blocks = [self._block(serving, want.block) for want in request.wants]
         answer_bytes = sum(serving.pull_encoding.frame_bytes(block.elements) for block in blocks)
         if answer_bytes > MAX_ANSWER_BYTES:
             detail = f"the answer would have {answer_bytes} bytes, allowed are {MAX_ANSWER_BYTES}; ask for fewer blocks"
             raise Refused("malformed", detail)
+        parked = serving.parked.get(peer, {})
+        if len(parked) >= MAX_PARKED and request.request not in parked:
+            raise Refused("not-served", f"{MAX_PARKED} pulls of {request.worker} wait already, which is the limit")
         return blocks
 
     def _value(self, serving: Serving, block: HeldBlock, want: Want, frames: list[Bytes]) -> BlockValue:
@@ -246,10 +257,11 @@ class ShardCore:
     def _release(self, serving: Serving) -> list[Reply]:
         """Answer the parked pulls that need wait no longer."""
         replies: list[Reply] = []
-        for peer, request in list(serving.parked.items()):
-            answers = self._answer_pull(serving, peer, request)
-            if peer not in serving.parked:
-                replies += answers
+        for peer, parked in list(serving.parked.items()):
+            for request in list(parked.values()):
+                answers = self._answer_pull(serving, peer, request)
+                if request.request not in parked:
+                    replies += answers
         return replies
 
     # --------------------------------------------------------------------- the others

@@ -166,7 +166,7 @@ class ShardServer:
             staleness=telemetry.staleness_rows(),
             waiting_seconds=self._waiting_seconds,
             working_seconds=self._working_seconds,
-            parked_pulls=len(serving.parked),
+            parked_pulls=sum(map(len, serving.parked.values())),
             pending_updates=serving.policy.pending_updates,
             workers=tuple(sorted({worker for worker, _ in serving.peers.values()})),
             handshake_failures=self._listener.handshake_failures,

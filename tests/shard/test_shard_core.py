@@ -314,6 +314,14 @@ def test_bounded_parks_the_fast_worker_until_the_slow_one_catches_up() -> None:
     assert (released.peer, type(released.message)) == (b"w0", Pulled)
 
 
+def test_every_held_pull_of_a_worker_is_answered_once() -> None:
+    driver = Driver(consistency={"mode": "bounded", "slack": 0}, members=("w0", "w1"))
+    for request in (11, 12, 12):
+        assert isinstance(driver.pull("w0", 1, request=request)[0].message, Held)
+    released = driver.send("w1", Tick(job="job", worker="w1", incarnation=1, step=1))
+    assert [getattr(reply.message, "request", 0) for reply in released] == [11, 12]
+
+
 def test_bounded_worker_without_a_lease_holds_nobody_up() -> None:
     driver = Driver(consistency={"mode": "bounded", "slack": 0}, members=("w0", "w1"))
     driver.push("w0", 1)
