@@ -38,7 +38,7 @@ def test_a_job_runs_from_file_to_model(paramserver: Commands, tiny_job: Job, pro
     folder = paramserver.directory / "runs" / "whole"
     assert json.loads((folder / "result.json").read_text()) == result
     assert result["state"] == "done"
-    assert result["examples_repeated"] == 0
+    assert result["examples_repeated"] == 0, result
     assert result["workers_lost"] == []
     assert result["steps"] >= 1000
     assert 1.0 < result["valid"]["bits"] < 5.0
