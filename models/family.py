@@ -6,11 +6,15 @@ installed package announces its family in the same way and works like ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
+
+
+def _symbol(arguments: BaseModel) -> str:
+    return "symbol"
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class Family:
     (arguments, data, seed, device) and returns a models.task.Task.
     `find_data` is "module:function", torch-free; it takes `data` and raises ValueError with a clear
     message where the data is not on this machine.
+    `symbol` says for checked arguments what one predicted element is, in a word: losses are told in bits
+    a character, bits a word, bits an image.
     """
 
     name: str
@@ -29,6 +35,7 @@ class Family:
     data: type[BaseModel]
     task: str
     find_data: str
+    symbol: Callable[[Any], str] = _symbol
 
     def check(self, arguments: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[BaseModel, BaseModel]:
         """Both checked; raises pydantic.ValidationError."""

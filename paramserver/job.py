@@ -220,6 +220,13 @@ class FamilyLike:
     data: type[BaseModel]
     task: str
     find_data: str
+    symbol: Callable[[Any], str]
+
+
+def symbol_of(job: Job) -> str:
+    """What one predicted element of a checked job is, in a word, for example "character"."""
+    family = families()[job.model.family]
+    return family.symbol(family.arguments.model_validate(job.model.args))
 
 
 @cache

@@ -11,4 +11,5 @@ FAMILY = Family(
     data=RecurrentData,
     task="models.recurrent.task:build",
     find_data="models.recurrent.corpus:find_data",
+    symbol=lambda arguments: "character" if arguments.task == "char-lm" else "word",
 )

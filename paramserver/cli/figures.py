@@ -40,7 +40,7 @@ def progress_line(job: Figures) -> str:
         done = min(job["examples"] / wanted, 1.0) if wanted else None
         parts += [
             f"{count(job['steps'])} steps" + (f" ({done:.0%})" if done is not None else ""),
-            f"loss {number(job['bits'])} bits",
+            f"loss {number(job['bits'])} bits a {job['symbol']}",
             f"{number(job['examples_a_second'], 1)} examples/s",
             f"push {byte_size(job['pushed_bytes_a_second'])}/s, pull {byte_size(job['pulled_bytes_a_second'])}/s",
             f"staleness {number(job['staleness']['all']['mean'], 2)}",
@@ -53,10 +53,13 @@ def progress_line(job: Figures) -> str:
 def result_rows(result: Figures) -> list[tuple[str, str]]:
     """The table at the end of a job: name and value."""
     rows = [("state", str(result["state"]) + (f": {result['reason']}" if result["reason"] else ""))]
+    symbol = result["symbol"]
     for split, what in (("train", "training loss, last steps"), ("valid", "validation loss"), ("test", "test loss")):
         loss = result[split]
         if loss["bits"] is not None:
-            rows.append((what, f"{number(loss['bits'], 4)} bits, perplexity {number(loss['perplexity'], 3)}"))
+            rows.append(
+                (what, f"{number(loss['bits'], 4)} bits a {symbol}, perplexity {number(loss['perplexity'], 3)}")
+            )
     staleness = result["staleness"]["all"]
     repeated = result["examples_repeated"]
     rows += [
@@ -89,7 +92,7 @@ def status_rows(job: Figures) -> list[tuple[str, str]]:
         ("model", f"{count(job['elements'])} parameters in {count(job['blocks'])} blocks"),
         ("steps", count(job["steps"])),
         ("examples", f"{count(job['examples'])} of {count(job['examples_wanted'])}"),
-        ("loss", f"{number(job['bits'], 4)} bits"),
+        ("loss", f"{number(job['bits'], 4)} bits a {job['symbol']}"),
         ("examples/s", number(job["examples_a_second"], 1)),
         ("updates/s", number(job["updates_a_second"], 1)),
         ("push", _way(job, "push", "pushed")),

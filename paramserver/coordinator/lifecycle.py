@@ -26,7 +26,7 @@ from paramserver.coordinator.leasing import Leasing
 from paramserver.coordinator.placement import PlacedShard, Placement, PlacementError, balance
 from paramserver.coordinator.sessions import Session
 from paramserver.coordinator.telemetry import Telemetry
-from paramserver.job import Job
+from paramserver.job import Job, symbol_of
 from paramserver.protocol.layout import Layout, LayoutError, check_layout
 from paramserver.protocol.messages import (
     ExportPart,
@@ -77,6 +77,7 @@ class JobRun:
         documents = documents or {}
         self.record = record
         self.job = Job.model_validate_json(record.specification)
+        self.symbol = symbol_of(self.job)
         self.telemetry = Telemetry()
         self.layout: Layout | None = None
         self.examples: dict[str, int] = {}

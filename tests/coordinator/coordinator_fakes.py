@@ -40,7 +40,7 @@ MODEL = bytes(range(100))
 def specification(**settings: Any) -> str:
     job = {
         "name": "job",
-        "model": {"family": "recurrent"},
+        "model": {"family": "recurrent", "args": {"task": "char-lm"}},
         "data": {"batch": 4},
         "cluster": {"shards": 2, "workers": 2},
         **settings,
