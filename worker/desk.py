@@ -16,7 +16,6 @@ from worker.counters import Counters
 from worker.leases import LeaseBook
 
 PART_BYTES = 2 * 2**20
-FEW_LEASES = 1  # not begun: then the coordinator hears of it at once
 
 # The kinds of lease that each stage of an order runs; others are handed back.
 KINDS: dict[str, frozenset[str]] = {
@@ -102,8 +101,8 @@ class Desk:
     def begin_lease(self, state: JobState, kind: str) -> Lease | None:
         with self._changed:
             lease = state.leases.begin(kind)
-            if lease is not None and state.leases.waiting(kind) <= FEW_LEASES:
-                self._is_urgent = True
+            # Told at once, so that a death in the middle of it is known to repeat it.
+            self._is_urgent = self._is_urgent or lease is not None
             return lease
 
     def finish_lease(self, state: JobState, result: LeaseDone) -> None:
@@ -228,4 +227,5 @@ class Desk:
                 waiting_seconds=counters.waiting_seconds,
                 working_seconds=counters.working_seconds,
                 device=counters.device,
+                begun=state.leases.begun,
             )

@@ -18,6 +18,7 @@ class LeaseBook:
         self._granted: dict[int, Lease] = {}  # not begun, oldest first
         self._begun: dict[int, Lease] = {}
         self._returned: set[int] = set()
+        self._left_begun: set[int] = set()  # handed back in the middle: the process ends, so it stays short
         self._done: dict[int, LeaseDone] = {}
         self._confirmed: set[int] = set()  # as long as their grant is repeated
         self._is_leaving = False
@@ -29,6 +30,11 @@ class LeaseBook:
     @property
     def returned(self) -> tuple[int, ...]:
         return tuple(sorted(self._returned))
+
+    @property
+    def begun(self) -> tuple[int, ...]:
+        """Begun and not done: nobody but this worker can run them without repeating examples."""
+        return tuple(sorted([*self._begun, *self._left_begun]))
 
     @property
     def done(self) -> tuple[LeaseDone, ...]:
@@ -83,5 +89,6 @@ class LeaseBook:
 
     def _hand_back(self, lease: Lease) -> None:
         self._granted.pop(lease.number, None)
-        self._begun.pop(lease.number, None)
+        if self._begun.pop(lease.number, None) is not None:
+            self._left_begun.add(lease.number)
         self._returned.add(lease.number)

@@ -138,22 +138,23 @@ class Leasing:
 
     def compare(self, session: Session, report: WorkerReport, seen: int) -> None:
         """Bring the book in line with what the worker holds. Call after `take_results`."""
-        self.book.give_back(session.name, report.returned, begun=False)
+        begun = set(report.begun)
+        self.book.give_back(session.name, report.returned, begun)
         for number in report.returned:
             session.pending.pop(number, None)
         held = set(report.held)
         for number in held:
             if session.pending.pop(number, None) is None and not self.book.adopt(session.name, number):
                 self._count("stale-lease")
+        self.book.begin(session.name, begun)
         for number in self.book.held_by(session.name):
             if number in held:
                 continue
-            if number not in session.pending:
-                # It held the lease and does not any more: some of it may have been trained on.
-                self.book.give_back(session.name, [number], begun=True)
-            elif 0 < session.pending[number][0] <= seen:
-                del session.pending[number]
-                self.book.give_back(session.name, [number], begun=False)
+            pending = session.pending.get(number)
+            # It held the lease and does not any more, or has seen the grant and does not hold it.
+            if pending is None or 0 < pending[0] <= seen:
+                session.pending.pop(number, None)
+                self.book.give_back(session.name, [number])
 
     def top_up(self, worker: Session, others: Iterable[str], kind: Kind, now: float) -> int:
         """Grant what the worker has room for, into `worker.pending`. Returns how many it may hold.

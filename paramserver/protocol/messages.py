@@ -344,7 +344,7 @@ class WorkerReport(Struct, frozen=True, array_like=True, tag="worker-report"):
     layout: Layout | None = None  # declared with the initialise lease, until the job is placed
     examples: dict[str, int] = {}  # split -> number of examples; declared with the layout
     held: tuple[Count, ...] = ()
-    returned: tuple[Count, ...] = ()  # handed back, not begun
+    returned: tuple[Count, ...] = ()  # handed back
     done: tuple[LeaseDone, ...] = ()  # repeated until confirmed
     drained: bool = False  # residuals are flushed and acknowledged
     failed: Text = ""  # a job failure that is nobody's crash: a clear message
@@ -363,6 +363,12 @@ class WorkerReport(Struct, frozen=True, array_like=True, tag="worker-report"):
     waiting_seconds: Seconds = 0.0
     working_seconds: Seconds = 0.0
     device: str = ""
+    begun: tuple[Count, ...] = ()
+    """Leases whose first batch has started and that are not done; also those that a leaving worker handed back.
+
+    What is freed after it was begun counts as repeated. A worker tells at once when it begins a lease; what
+    it began and could not tell before it died is not counted.
+    """
 
 
 class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):

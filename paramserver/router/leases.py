@@ -11,7 +11,7 @@ millions of examples and many epochs cost memory for neither.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -53,13 +53,14 @@ class _Pool:
     cursor: int
     free: list[int]
     held: dict[int, tuple[str, int]]  # unit -> (worker, lease number)
-    lost: set[int]  # free because their holder died: granting them again repeats examples
+    begun: set[int]  # of those that are held: their holder has started to train on them
+    lost: set[int]  # free, but perhaps trained on already: granting them again repeats examples
     done_above: set[int]
     done_below: int  # all units below it are done
 
     @classmethod
     def over(cls, start: int, stop: int) -> _Pool:
-        return cls(start, stop, start, [], {}, set(), set(), start)
+        return cls(start, stop, start, [], {}, set(), set(), set(), start)
 
     @property
     def left(self) -> int:
@@ -71,6 +72,7 @@ class _Pool:
 
     def mark_done(self, unit: int) -> None:
         self.held.pop(unit, None)
+        self.begun.discard(unit)
         self.lost.discard(unit)
         self.done_above.add(unit)
         while self.done_below in self.done_above:
@@ -98,7 +100,8 @@ class LeaseBook:
         epochs: passes over the split "train".
         seed: of the order of examples.
         state, done: what an earlier book had come to (`state` property; units or lease numbers that are done).
-            Units that were granted and are not done wait to be adopted; granted again they count as repeated.
+            Units that were granted and are not done wait to be adopted. Granted again they count as repeated,
+            begun or not: while nobody listened, their holder may have begun any of them.
     """
 
     def __init__(
@@ -245,10 +248,20 @@ class LeaseBook:
         pool.lost.discard(unit)
         return True
 
-    def give_back(self, worker: str, numbers: Iterable[int], begun: bool) -> int:
+    def begin(self, worker: str, numbers: Iterable[int]) -> None:
+        """The worker has started on these leases: freed before they are done, they count as repeated.
+
+        Numbers that it does not hold are ignored.
+        """
+        for number in numbers:
+            found = self._find(number)
+            if found is not None and found[0].held.get(found[1]) == (worker, number):
+                found[0].begun.add(found[1])
+
+    def give_back(self, worker: str, numbers: Iterable[int], begun: Container[int] = ()) -> int:
         """Free leases of the worker; numbers that it does not hold are ignored. Returns how many it were.
 
-        `begun` says whether some of their examples may have been trained on, so that a new grant repeats them.
+        Those that are in `begun`, or were said to be before, count as repeated when they are granted again.
         """
         freed = 0
         for number in numbers:
@@ -257,14 +270,15 @@ class LeaseBook:
                 continue
             pool, unit = found
             if pool.held.get(unit) != (worker, number):
-                if not begun and unit not in pool.held:
+                if number not in begun and unit not in pool.held:
                     # Handed back while the book was away: nobody has trained on it.
                     pool.lost.discard(unit)
                 continue
             del pool.held[unit]
             heapq.heappush(pool.free, unit)
-            if begun:
+            if number in begun or unit in pool.begun:
                 pool.lost.add(unit)
+            pool.begun.discard(unit)
             freed += 1
         if freed:
             self._generation += 1
@@ -272,7 +286,7 @@ class LeaseBook:
 
     def release(self, worker: str) -> int:
         """Free all leases of a worker that died. Returns how many it were."""
-        return self.give_back(worker, self.held_by(worker), begun=True)
+        return self.give_back(worker, self.held_by(worker))
 
     def _find(self, number: int) -> tuple[_Pool, int] | None:
         """The pool and unit of a number that was granted at some time."""

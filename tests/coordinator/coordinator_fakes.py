@@ -88,7 +88,9 @@ class FakeShard:
 
 
 class FakeWorker:
-    """Finishes one lease a round. `is_stuck` keeps it from working, not from beating."""
+    """Finishes one lease a round, the oldest that it holds, which is begun. `is_stuck` keeps it from working,
+    not from beating.
+    """
 
     role = "worker"
 
@@ -109,6 +111,10 @@ class FakeWorker:
         self.drained = False
         self.stored = 0
 
+    @property
+    def begun(self) -> tuple[int, ...]:
+        return tuple(self.held)[:1]
+
     def report(self) -> WorkerReport:
         if self.order is None:
             return WorkerReport()
@@ -125,6 +131,7 @@ class FakeWorker:
             failed=self.failed,
             steps=2 * len([lease for lease in self.log if lease.kind == "train"]),
             loss=2.0,
+            begun=self.begun,
         )
 
     def obey(self, message: Message, now: float) -> None:

@@ -131,24 +131,43 @@ def test_dead_worker_leaves_the_members_of_the_shards_order(cluster: Cluster) ->
     assert [member.worker for member in order.members] == ["worker-0"]
 
 
-def test_dead_workers_examples_are_done_by_the_others_and_counted(cluster: Cluster) -> None:
-    cluster.submit(specification(stop={"epochs": 2}))
+def test_dead_workers_examples_are_done_by_the_others_and_those_that_it_had_begun_are_counted(cluster: Cluster) -> None:
+    cluster.submit(specification(stop={"epochs": 8}))
     cluster.run(5, until="training")
     victim = cluster.worker("worker-1")
     cluster.run(0.5)
     victim.is_stuck = True
     cluster.run(1)
-    held = sum(len(lease.examples) for lease in victim.held.values())
-    handed_back = 4 * len(victim.returned)  # perhaps not heard of any more
-    assert held
+    (begun,) = victim.begun
+    assert len(victim.held) > 1
+    repeated = len(victim.held[begun].examples)
     cluster.kill("worker-1")
     cluster.run(60, until="done")
     result = cluster.written["job"]
-    assert held <= result["examples_repeated"] <= held + handed_back
+    assert result["examples_repeated"] == repeated
     assert result["workers_lost"] == ["worker-1"]
     counts = trained([cluster.worker("worker-0"), victim])
-    assert len(counts) == 80
+    assert len(counts) == 8 * EXAMPLES["train"]
     assert set(counts.values()) == {1}
+
+
+@pytest.mark.parametrize("is_return_heard", [True, False])
+def test_lease_that_a_leaving_worker_had_begun_is_counted_as_repeated_and_no_other(
+    cluster: Cluster, is_return_heard: bool
+) -> None:
+    cluster.submit(specification(stop={"epochs": 8}))
+    cluster.run(5, until="training")
+    leaver = cluster.worker("worker-1")
+    leaver.is_stuck = True
+    cluster.run(1)
+    (begun,) = leaver.begun
+    assert len(leaver.held) > 1
+    repeated = len(leaver.held[begun].examples)
+    returned = tuple(leaver.held) if is_return_heard else ()
+    heartbeat(cluster, leaver.name, WorkerReport(job="job", stage="drain", returned=returned, begun=(begun,)))
+    cluster.kill("worker-1")
+    cluster.run(60, until="done")
+    assert cluster.written["job"]["examples_repeated"] == repeated
 
 
 def test_job_without_workers_waits_and_goes_on_with_a_new_one(cluster: Cluster) -> None:

@@ -85,7 +85,7 @@ def test_no_unit_has_two_holders_and_all_end_done_under_deaths_returns_and_resta
                 del mine[number]
             case 4 if mine:
                 number = dice.choice(sorted(mine))
-                assert book.give_back(name, [number], begun=False) == 1
+                assert book.give_back(name, [number]) == 1
                 del mine[number]
             case 5 if dice.random() < 0.2:
                 if dice.random() < 0.5:
@@ -103,22 +103,55 @@ def test_no_unit_has_two_holders_and_all_end_done_under_deaths_returns_and_resta
     assert set(trained) == {(epoch, example) for epoch in (0, 1) for example in range(37)}
 
 
-def test_examples_of_a_dead_worker_are_granted_again_under_new_numbers_and_counted() -> None:
-    book = make_book(10, 4)
-    first = book.grant("train", "a", 3)
-    assert book.finish("a", first[0].number) == "done"
-    assert book.release("a") == 2
+def test_examples_of_a_dead_worker_are_granted_again_and_counted_only_where_it_had_begun() -> None:
+    book = make_book(14, 4)
+    done, begun, *others = first = book.grant("train", "a", 4)
+    book.begin("a", [done.number, begun.number])
+    assert book.finish("a", done.number) == "done"
+    assert book.release("a") == 3
     assert book.examples_repeated == 0
-    again = book.grant("train", "b", 3)
-    assert [lease.examples for lease in again] == [lease.examples for lease in first[1:]]
+    again = book.grant("train", "b", 4)
+    assert [lease.examples for lease in again] == [lease.examples for lease in (begun, *others)]
     assert {lease.number for lease in again}.isdisjoint(lease.number for lease in first)
-    assert book.examples_repeated == 6
+    assert book.examples_repeated == len(begun.examples) == 4
+
+
+def test_lease_begun_by_a_dead_worker_is_not_begun_for_the_next_holder() -> None:
+    book = make_book(4, 4)
+    (lease,) = book.grant("train", "a", 1)
+    book.begin("a", [lease.number])
+    book.release("a")
+    (again,) = book.grant("train", "b", 1)
+    book.begin("a", [lease.number, again.number, 12345])  # late, another's, and never granted
+    book.release("b")
+    book.grant("train", "c", 1)
+    assert book.examples_repeated == 4
+
+
+def test_lease_that_is_handed_back_in_the_middle_counts_as_repeated() -> None:
+    book = make_book(10, 4)
+    begun, idle, told = book.grant("train", "a", 3)
+    book.begin("a", [told.number])
+    assert book.give_back("a", [begun.number, idle.number], begun={begun.number}) == 2
+    assert book.give_back("a", [told.number]) == 1
+    book.grant("train", "b", 3)
+    assert book.examples_repeated == len(begun.examples) + len(told.examples)
+
+
+def test_lease_begun_and_handed_back_while_the_book_was_away_counts_as_repeated() -> None:
+    book = make_book(8, 4)
+    begun, idle = book.grant("train", "a", 2)
+    restored = LeaseBook(4, 1, 0, book.state)
+    restored.declare({"train": 8, "valid": 5, "test": 3})
+    restored.give_back("a", [begun.number, idle.number], begun={begun.number})
+    restored.grant("train", "b", 2)
+    assert restored.examples_repeated == len(begun.examples)
 
 
 def test_returned_examples_are_granted_again_and_not_counted_as_repeated() -> None:
     book = make_book(10, 4)
     lease = book.grant("train", "a", 1)[0]
-    assert book.give_back("a", [lease.number, 12345], begun=False) == 1
+    assert book.give_back("a", [lease.number, 12345]) == 1
     assert lease.examples in [other.examples for other in book.grant("train", "b", 3)]
     assert book.examples_repeated == 0
 
@@ -126,10 +159,10 @@ def test_returned_examples_are_granted_again_and_not_counted_as_repeated() -> No
 def test_lease_handed_back_before_or_during_a_restart_does_not_count_as_repeated() -> None:
     book = make_book(40, 4)
     before, during, died = book.grant("train", "a", 3)
-    book.give_back("a", [before.number], begun=False)
+    book.give_back("a", [before.number])
     restored = LeaseBook(4, 1, 0, book.state)
     restored.declare({"train": 40, "valid": 5, "test": 3})
-    restored.give_back("a", [during.number], begun=False)
+    restored.give_back("a", [during.number])
     again = restored.grant("train", "b", 3)
     assert {lease.examples for lease in again} == {before.examples, during.examples, died.examples}
     assert restored.examples_repeated == len(died.examples)
@@ -158,7 +191,7 @@ def test_lease_of_another_worker_cannot_be_finished_adopted_or_returned() -> Non
     number = book.grant("train", "a", 1)[0].number
     assert book.finish("b", number) == "unknown"
     assert not book.adopt("b", number)
-    assert book.give_back("b", [number], begun=True) == 0
+    assert book.give_back("b", [number], begun=[number]) == 0
     assert book.held_by("a") == [number]
 
 

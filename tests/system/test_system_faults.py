@@ -53,7 +53,8 @@ def _is_training(cluster: LocalCluster, workers: int) -> Callable[[], bool]:
 
 def test_a_killed_worker_costs_only_its_unreported_examples(local_cluster: Make, tiny_job: Job, poll: Poll) -> None:
     cluster = local_cluster(shards=2, workers=2)
-    job = _submit(cluster, tiny_job("killed-worker", shards=2, workers=2))
+    path = tiny_job("killed-worker", shards=2, workers=2)
+    job = _submit(cluster, path)
     poll("both workers to train", _is_training(cluster, 2), 60)
     cluster.kill("worker-1")
     assert _job(cluster)["state"] == "training", "the kill came too late to prove anything"
@@ -62,7 +63,8 @@ def test_a_killed_worker_costs_only_its_unreported_examples(local_cluster: Make,
     assert result["state"] == "done"
     assert len(result["workers_lost"]) == 1
     assert "worker-1" in str(result["workers_lost"])
-    assert result["examples_repeated"] > 0
+    # It may have begun two leases: the one that it was in, and one whose last update was on its way.
+    assert 0 < result["examples_repeated"] <= 2 * load_job(path).data["batch"]
     assert result["valid"]["bits"] < 5.0
     assert cluster.deaths() == []
 

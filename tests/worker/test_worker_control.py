@@ -139,6 +139,23 @@ def test_leaving_worker_returns_everything_and_takes_nothing_more() -> None:
     book.take_orders(leases(1, 2, 3), (), 100, TRAIN)
     assert book.held == ()
     assert book.returned == (1, 2, 3)
+    assert book.begun == (1,)
+    book.take_orders((), (), 100, TRAIN)
+    assert book.begun == (1,), "told until the end: the order may answer an older beat"
+
+
+def test_lease_is_begun_from_its_first_batch_until_it_is_done() -> None:
+    book = LeaseBook()
+    book.take_orders(leases(1, 2, 3), (), 100, TRAIN)
+    assert book.begun == ()
+    book.begin("train")
+    book.begin("train")
+    assert book.begun == (1, 2)
+    book.finish(LeaseDone(number=1))
+    assert book.begun == (2,)
+    book.take_orders((), (), 0, TRAIN)
+    assert book.returned == (3,)
+    assert book.begun == (2,), "what is handed back unbegun is not begun"
 
 
 def test_forgotten_worker_registers_again_with_the_incarnation_that_it_has() -> None:
@@ -192,6 +209,22 @@ def test_finished_lease_is_told_at_once() -> None:
     assert office.report().done, "repeated until it is confirmed"
     office.answer(Orders(number=2, order=order(), confirmed=(1,)))
     assert office.report().done == ()
+
+
+def test_begun_lease_is_told_at_once_and_with_every_beat() -> None:
+    office = Office()
+    office.join()
+    office.answer(Orders(number=1, order=order(grants=leases(*range(1, 9)))))
+    office.hear()
+    state = office.desk.job
+    assert state is not None
+    assert office.report().begun == ()
+    assert office.desk.begin_lease(state, "train") is not None
+    (beat,) = office.hear()  # no time has passed
+    assert isinstance(beat, Heartbeat)
+    assert isinstance(beat.report, WorkerReport)
+    assert beat.report.begun == (1,)
+    assert office.report().begun == (1,)
 
 
 def test_layout_is_declared_until_the_job_is_placed() -> None:
