@@ -14,8 +14,10 @@ from worker.counters import Counters
 from worker.device import choose_device
 from worker.errors import JobFailure
 from worker.exchange import Exchange
+from worker.task_calls import batches, from_task
 
 SPLITS = ("train", "valid", "test")
+EVALUATION = "the evaluation"  # as a failure names it
 
 
 def build_task(job: Job, counters: Counters) -> Task:
@@ -41,12 +43,16 @@ def count_examples(task: Task) -> dict[str, int]:
 
 
 def evaluate(task: Task, lease: Lease, go_on: Callable[[], None]) -> LeaseDone:
-    """Sums of one evaluation lease at the present parameters. `go_on` raises where it is not wanted any more."""
+    """Sums of one evaluation lease at the present parameters. `go_on` raises where it is not wanted any more.
+
+    Raises JobFailure where the task refuses its data.
+    """
     steps, elements, loss_sum = 0, 0, 0.0
     metrics: dict[str, float] = {}
-    for batch in task.batches(lease.split, lease.examples):
+    for batch in batches(task, lease, EVALUATION):
         go_on()
-        evaluation = task.evaluate(batch)
+        with from_task(EVALUATION):
+            evaluation = task.evaluate(batch)
         steps += 1
         elements += evaluation.elements
         loss_sum += evaluation.loss_sum

@@ -19,8 +19,10 @@ from paramserver.protocol.messages import Lease, LeaseDone
 from worker.counters import Counters
 from worker.exchange import Editions, Exchange
 from worker.replica import Replica
+from worker.task_calls import batches, from_task
 
 RESIDUAL_EVERY_SECONDS = 1.0  # its norm is one pass over all residuals
+TRAINING = "the training"  # as a failure names it
 
 
 class LeaseSource(Protocol):
@@ -57,7 +59,7 @@ class LeasedBatches:
         while (lease := self._next()) is not None:
             self._open = LeaseDone(number=lease.number)
             is_whole = True
-            for batch in self._task.batches(lease.split, lease.examples):
+            for batch in batches(self._task, lease, TRAINING):
                 if not self._source.is_wanted():
                     is_whole = False
                     break
@@ -122,7 +124,8 @@ class Trainer:
 
     Args:
         clip: largest global norm of a step's gradients, None for no limit.
-        overlap: leave one exchange in flight while the next batch is computed.
+        patience: how long a step waits for its exchange before the next batch is computed, as a share of its
+            own computing time. 0 always leaves one exchange in flight, infinity never does.
     """
 
     def __init__(
@@ -133,7 +136,7 @@ class Trainer:
         source: LeaseSource,
         counters: Counters,
         clip: float | None,
-        overlap: bool,
+        patience: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.task = task
@@ -142,7 +145,7 @@ class Trainer:
         self.batches = LeasedBatches(task, source, exchange, counters)
         self.counters = counters
         self.clip = clip
-        self.overlap = overlap
+        self.patience = patience
         self._clock = clock
         self._residual_at = 0.0
 
@@ -151,12 +154,14 @@ class Trainer:
         began, waited = self._clock(), self.counters.waiting_seconds
         for batch in self.batches:
             editions = self.replica.editions.copy()  # (blocks,): what the gradients are computed on
-            step = self.task.gradients(batch)
-            self.exchange.settle()  # overlap: the last step's update is acknowledged, its values are written
+            started = self._clock()
+            with from_task(TRAINING):
+                step = self.task.gradients(batch)
+            computing_seconds = self._clock() - started
+            self.exchange.settle()  # where it was left in flight: the last step's values are written
             self.batches.acknowledged()
             is_good = self.push(step, editions)
-            if not self.overlap:
-                self.exchange.settle()
+            self.exchange.settle(math.inf if self.patience == math.inf else self.patience * computing_seconds)
             self.batches.done(step, is_good)
             now = self._clock()
             self.counters.working_seconds += now - began - (self.counters.waiting_seconds - waited)

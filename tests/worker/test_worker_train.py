@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
 from worker_rig import SHAPES, CountingTask, ListedLeases, Rig
 
+from models.task import DataError
 from paramserver.protocol.messages import Lease, Pull, Tick
+from worker.errors import JobFailure
 from worker.replica import Replica
+from worker.stages import evaluate
 from worker.train import Trainer, clip_, global_norm
 
 
@@ -24,7 +28,9 @@ class Training:
         self.exchange = self.rig.connect(replica=self.replica)
         self.exchange.pull(0)
         self.source = ListedLeases([Lease(number, "train", examples=(number,)) for number in range(1, leases + 1)])
-        self.trainer = Trainer(self.task, self.replica, self.exchange, self.source, self.rig.counters, clip, overlap)
+        self.trainer = Trainer(
+            self.task, self.replica, self.exchange, self.source, self.rig.counters, clip, 0.0 if overlap else math.inf
+        )
 
 
 def test_in_turn_every_batch_sees_every_update_before_it() -> None:
@@ -91,6 +97,59 @@ def test_step_that_is_not_finite_is_skipped_counted_and_never_pushed(spoil: str)
         assert [message.step for message, _ in shard.heard if isinstance(message, Tick)] == [2]
         assert 2 in [message.step for message, _ in shard.heard if isinstance(message, Pull)]
     np.testing.assert_array_equal(training.rig.weights(0), np.full(128, -3.0))
+
+
+@pytest.mark.parametrize("where", ["batches", "gradients"])
+def test_data_that_the_task_refuses_while_training_fails_the_job_by_its_text(where: str) -> None:
+    training = Training(leases=1)
+
+    def refuse(*_: object) -> None:
+        raise DataError("text.txt changed while it was read")
+
+    setattr(training.task, where, refuse)
+    with pytest.raises(JobFailure, match="the training failed: text.txt changed while it was read"):
+        training.trainer.run()
+
+
+def test_data_that_the_task_refuses_in_the_middle_of_a_lease_fails_the_job() -> None:
+    training = Training(leases=1)
+    batches = training.task.batches
+
+    def break_off(split: str, examples: Sequence[int]) -> Iterator[tuple[int, int]]:
+        yield next(batches(split, examples))
+        raise DataError("text.txt ends too early")
+
+    training.task.batches = break_off  # type: ignore[method-assign]
+    with pytest.raises(JobFailure, match="ends too early"):
+        training.trainer.run()
+    assert len(training.task.seen) == 1
+
+
+def test_a_fault_of_our_own_or_of_the_tasks_code_is_no_job_failure() -> None:
+    fault = Training(leases=1)
+    fault.source.is_wanted = lambda: int("no number") > 0  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="no number"):
+        fault.trainer.run()
+    bug = Training(leases=1)
+    bug.task.on_gradients = lambda: {}["missing"]
+    with pytest.raises(KeyError):
+        bug.trainer.run()
+
+
+def test_data_that_the_task_refuses_while_evaluating_fails_the_job_and_our_own_fault_does_not() -> None:
+    task, lease = CountingTask(), Lease(1, "evaluate", examples=(0,), split="valid")
+
+    def refuse(batch: object) -> None:
+        raise DataError("no such example")
+
+    def fault() -> None:
+        int("no number")
+
+    with pytest.raises(ValueError, match="no number"):
+        evaluate(task, lease, fault)
+    task.evaluate = refuse  # type: ignore[method-assign, assignment]
+    with pytest.raises(JobFailure, match="the evaluation failed: no such example"):
+        evaluate(task, lease, lambda: None)
 
 
 def test_gradients_are_clipped_by_their_joint_norm() -> None:
