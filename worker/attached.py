@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,6 +131,5 @@ def attach(
         replica,
         Codec(make_encoding(encoding, tile), deadline_seconds),
         counters,
-        np.zeros(len(replica.layout.blocks), np.int64),
     )
     return Attached(replica, exchange, counters, owned)

@@ -42,6 +42,10 @@ LONGEST_DEADLINES = 4  # the deadline of a resent request grows up to so many ti
 LOOK_SECONDS = 1.0  # between two looks at how often the transport reconnected
 SILENT_DEADLINES = 2  # so long without a word from the shard, and the connection is taken for dead
 
+# A sequence above it is a question: no shard is so far, so it is refused with the number that is next, and
+# a copy of it that is late can never be taken for a later update.
+ASKING = 2**61
+
 # Refused for now: the shard has not got its order, its blocks or our Hello yet. Ask again.
 TRANSIENT = frozenset({"wrong-job", "wrong-term", "not-initialised", "unknown-worker"})
 
@@ -81,6 +85,9 @@ class Sink(Protocol):
 
     def refused_update(self, request: Request, position: int, why: RefusedUpdate) -> None:
         """An update that is refused for good: it changed nothing on the shard."""
+
+    def renumbered(self, block: int, sequence: int) -> None:
+        """An update that asked for its sequence has got it and is on its way again."""
 
     def value(self, value: BlockValue, frame: memoryview | None) -> bool:
         """A block's value came; False where it is unusable and must be asked for again."""
@@ -252,6 +259,9 @@ class ShardClient:
         if why.code in TRANSIENT:
             self._pause(request, now)
             return
+        if why.code == "out-of-order" and why.sequence > ASKING and why.expected:
+            self._renumber(request, position, why.expected, now)
+            return
         if why.code == "out-of-order":
             if why.expected > why.sequence:
                 del request.undecided[why.block]  # applied before: its acknowledgement was lost
@@ -266,6 +276,15 @@ class ShardClient:
         request.has_final_refusals = True
         log("update-refused", level="warning", shard=self.shard, block=why.block, code=why.code, detail=why.detail)
         self._sink.refused_update(request, position, why)
+
+    def _renumber(self, request: Request, position: int, sequence: int, now: float) -> None:
+        """Give an update the sequence that the shard expects, and send it again."""
+        assert isinstance(request.message, Push)  # only a Push carries updates
+        updates = list(request.message.updates)
+        updates[position] = msgspec.structs.replace(updates[position], sequence=sequence)
+        request.message = msgspec.structs.replace(request.message, updates=tuple(updates))
+        request.due = now
+        self._sink.renumbered(updates[position].block, sequence)
 
     def _on_pulled(self, pulled: Pulled, frames: tuple[memoryview, ...], now: float) -> None:
         request = self._requests.get(pulled.request)

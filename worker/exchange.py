@@ -31,7 +31,7 @@ from paramserver.protocol.messages import (
     Want,
 )
 from paramserver.protocol.transport import Transport
-from worker.client import Identity, Request, ShardClient
+from worker.client import ASKING, Identity, Request, ShardClient
 from worker.counters import Counters
 from worker.errors import JobFailure
 from worker.replica import BlockGradients, Replica
@@ -62,10 +62,10 @@ class Exchange:
 
     Args:
         placement: the shards and the blocks that each holds; together every block of the layout, once.
-        sequences: last sequence pushed for each block (blocks,); changed in place. It must outlive the exchange
-            where the same incarnation may take the same job up again.
         guard: called at least every LONGEST_WAIT_SECONDS while something is awaited; raises to end the wait.
         clock: seconds, monotonic.
+        is_resumed: the same incarnation has pushed for this job before, and what became of its last updates
+            is not known: the shard is asked which sequence is next.
     """
 
     def __init__(
@@ -77,9 +77,9 @@ class Exchange:
         replica: Replica,
         codec: Codec,
         counters: Counters,
-        sequences: Editions,
         guard: Callable[[], None] = always_go_on,
         clock: Callable[[], float] = time.monotonic,
+        is_resumed: bool = False,
     ) -> None:
         self.residuals = ResidualStore(replica.layout)
         self._transport = transport
@@ -89,7 +89,8 @@ class Exchange:
         self._encoding = codec.encoding
         self._fp32 = make_encoding("fp32")
         self._counters = counters
-        self._sequences = sequences
+        # (blocks,): the last sequence pushed
+        self._sequences = np.full(len(replica.layout.blocks), ASKING if is_resumed else 0, np.int64)
         self._guard = guard
         self._clock = clock
         self._pool = BufferPool()
@@ -139,9 +140,12 @@ class Exchange:
         for client in self._clients:
             client.tick(step)
 
-    def settle(self) -> None:
-        """Wait until everything is answered and pulled values are written into the replica."""
-        self._wait(lambda: all(client.is_settled for client in self._clients))
+    def settle(self, patience_seconds: float = inf) -> None:
+        """Wait, at most so long, until everything is answered and pulled values are written into the replica."""
+        give_up_at = self._clock() + patience_seconds
+        self._wait(
+            lambda: self._clock() >= give_up_at or all(client.is_settled for client in self._clients), give_up_at
+        )
 
     def settle_pushes(self) -> None:
         """Wait until every update has its verdict; values may still be on their way."""
@@ -283,6 +287,10 @@ class Exchange:
             log("update-lost", level="error", block=update.block, reason="its values are not finite", code=why.code)
         self._sequences[update.block] -= 1
 
+    def renumbered(self, block: int, sequence: int) -> None:
+        """The shard said which sequence is next, and the update that asked carries it now."""
+        self._sequences[block] = sequence
+
     def value(self, value: BlockValue, frame: memoryview | None) -> bool:
         """Write a pulled value into the replica."""
         if value.kind == "current":
@@ -311,13 +319,13 @@ class Exchange:
             # A held pull is no reason to stop: it may wait for the very updates that come after it.
             self._wait(lambda client=client: client.undecided < IN_FLIGHT)  # type: ignore[misc]
 
-    def _wait(self, is_over: Callable[[], bool]) -> None:
+    def _wait(self, is_over: Callable[[], bool], until: float = inf) -> None:
         """Serve answers until it is over. There is always a next deadline: requests are sent again."""
         started = self._clock()
         complain_at = started + COMPLAIN_SECONDS
         while not is_over():
             self._guard()
-            self._serve(LONGEST_WAIT_SECONDS)
+            self._serve(min(LONGEST_WAIT_SECONDS, max(0.0, until - self._clock())))
             now = self._clock()
             if now >= complain_at:
                 complain_at = now + COMPLAIN_SECONDS

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-
-import numpy as np
+from math import inf
 
 from models.task import Task
 from paramserver.encoding import make_encoding
@@ -21,13 +20,17 @@ from worker import stages
 from worker.client import Identity
 from worker.desk import Desk, JobState, Upload
 from worker.errors import Abandoned, JobFailure
-from worker.exchange import Codec, Editions, Exchange
+from worker.exchange import Codec, Exchange
 from worker.replica import Replica
 from worker.train import Trainer
 
 IDLE_SECONDS = 0.5  # how late a stop request may be seen
 STOP_SECONDS = 4.0  # how long a stopping worker waits for shards
 GOODBYE_SECONDS = 1.0  # and then for the coordinator
+
+# What `push.overlap` means to the Trainer. An exchange in flight is one more step of staleness, which costs more
+# than it saves where the exchange is short beside the computation.
+PATIENCE: dict[str | bool, float] = {"auto": 0.5, True: 0.0, False: inf}
 
 
 class Runner:
@@ -43,7 +46,7 @@ class Runner:
         self._name = name
         self._desk = desk
         self._stop = stop
-        self._sequences: dict[tuple[str, int], Editions] = {}
+        self._known: tuple[str, int] | None = None  # the last job that pushed, and under which incarnation
 
     def run(self) -> None:
         """Raises WorkerError, and whatever ended the control thread."""
@@ -63,7 +66,8 @@ class Runner:
     def _take_up(self, state: JobState) -> None:
         """One job, until it is over, taken away, or this process stops."""
         log("job-taken", job=state.order.job, stage=state.order.stage)
-        work = JobWork(self._transport, self._name, self._desk, state, self._must_stop, self._sequences)
+        key = (state.order.job, state.incarnation)
+        work = JobWork(self._transport, self._name, self._desk, state, self._must_stop, is_resumed=key == self._known)
         try:
             work.run()
         except Abandoned as why:
@@ -72,13 +76,19 @@ class Runner:
             log("job-failed", level="error", job=state.order.job, reason=failure)
             self._desk.fail_job(state, str(failure))
         finally:
+            if work.has_connected:
+                self._known = key
             work.close()
         while self._desk.job is state and not self._must_stop():
             self._desk.wait(lambda: self._desk.job is not state, IDLE_SECONDS)
 
 
 class JobWork:
-    """Everything that a worker holds for one job. It is the Trainer's LeaseSource."""
+    """Everything that a worker holds for one job. It is the Trainer's LeaseSource.
+
+    Args:
+        is_resumed: this process has pushed for the job before, under the same incarnation.
+    """
 
     def __init__(
         self,
@@ -87,14 +97,14 @@ class JobWork:
         desk: Desk,
         state: JobState,
         must_stop: Callable[[], bool],
-        sequences: dict[tuple[str, int], Editions],
+        is_resumed: bool = False,
     ) -> None:
         self._transport = transport
         self._name = name
         self._desk = desk
         self._state = state
         self._must_stop = must_stop
-        self._sequences = sequences
+        self._is_resumed = is_resumed
         self._stop_at: float | None = None
         self._job = Job.model_validate_json(state.order.specification)
         self._exchange: Exchange | None = None
@@ -124,6 +134,11 @@ class JobWork:
             run_stage[order.stage]()
         if self._exchange is not None and self._state.order.stage in ("train", "drain"):
             self._drain()
+
+    @property
+    def has_connected(self) -> bool:
+        """Whether the shards may have heard of this worker."""
+        return self._exchange is not None
 
     def close(self) -> None:
         if self._exchange is not None:
@@ -158,8 +173,8 @@ class JobWork:
         exchange.pull(self._state.counters.steps)
         self._enter("train")
         settings = self._job
-        clip, overlap = settings.optimizer.clip, settings.push.overlap
-        Trainer(self._task, self._replica, exchange, self, self._state.counters, clip, overlap).run()
+        clip, patience = settings.optimizer.clip, PATIENCE[settings.push.overlap]
+        Trainer(self._task, self._replica, exchange, self, self._state.counters, clip, patience).run()
 
     def _drain(self) -> None:
         if not self._state.drained:
@@ -183,11 +198,7 @@ class JobWork:
             if not has_fresh_weights:
                 self._connect().pull(self._state.counters.steps)
                 has_fresh_weights = True
-            try:
-                result = stages.evaluate(self._task, lease, self._guard_stop)
-            except ValueError as error:
-                raise JobFailure(f"the evaluation failed: {error}") from error
-            self._desk.finish_lease(self._state, result)
+            self._desk.finish_lease(self._state, stages.evaluate(self._task, lease, self._guard_stop))
 
     def _export(self) -> None:
         lease = self._begin("export")
@@ -237,23 +248,17 @@ class JobWork:
                 f"this worker builds a model of layout {layout.fingerprint}, the job's is {found}; "
                 "install the same release and the same data on every worker"
             )
-        incarnation = self._state.incarnation
-        key = (order.job, incarnation)
-        if key not in self._sequences:
-            # Only of this job: the shards know no sequence of a job that is over.
-            self._sequences.clear()
-            self._sequences[key] = np.zeros(len(layout.blocks), np.int64)
         push = self._job.push
         self._exchange = Exchange(
             self._transport,
             order.placement,
-            Identity(order.job, self._name, incarnation, layout.fingerprint),
+            Identity(order.job, self._name, self._state.incarnation, layout.fingerprint),
             order.term,
             self._replica,
             Codec(make_encoding(push.encoding, push.tile), push.deadline_seconds),
             self._state.counters,
-            self._sequences[key],
             self._guard,
+            is_resumed=self._is_resumed,
         )
         return self._exchange
 

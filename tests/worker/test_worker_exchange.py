@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from worker_rig import DEADLINE_SECONDS, SHAPES, Rig, make_gradients, total
+from worker_rig import DEADLINE_SECONDS, SHAPES, Rig, make_gradients, make_parameters, total
 
 from paramserver.encoding import make_encoding, parse_encoding
 from paramserver.protocol.memory import MemoryNetwork
@@ -21,6 +21,7 @@ from paramserver.protocol.messages import (
 from paramserver.protocol.transport import Received
 from paramserver.shard.core import Reply
 from worker.errors import Abandoned, JobFailure, WorkerError
+from worker.replica import Replica
 
 
 def test_pull_brings_what_a_push_changed() -> None:
@@ -169,6 +170,58 @@ def test_shard_that_lost_acknowledged_updates_fails_the_job_by_name() -> None:
     serving.blocks[0].marks.advance("w0", 1, 1)  # as if it had been restored from before the second push
     with pytest.raises(JobFailure, match="shard-0 expects update 2 of block 0.*lost acknowledged updates"):
         rig.step(seed=3, step=3)
+
+
+def test_job_taken_up_again_goes_on_where_the_shard_is() -> None:
+    """Of two updates that were on their way when the job was dropped, one arrived and one did not."""
+    rig = Rig()
+    first = rig.step(seed=1, step=1)
+    second = make_gradients(2)
+    rig.shards[0].intercept = lambda received: [] if isinstance(received.message, Push) else None
+    rig.exchange.begin(second, rig.replica.editions.copy(), 2)
+    rig.pump()
+    assert rig.updates() == len(SHAPES) + 1, "one shard has the update, the other has not"
+    rig.exchange.close()
+    rig.shards[0].intercept = lambda received: None
+    rig.exchange = rig.connect(is_resumed=True)
+    rig.exchange.pull(2)
+    later = [rig.step(seed, seed) for seed in (3, 4)]
+    assert rig.updates() == 3 * len(SHAPES) + 1
+    for block in rig.layout.blocks:
+        applied = [first, *later] if block.index in rig.blocks[0] else [first, second, *later]
+        np.testing.assert_allclose(-rig.weights(block.index), total(applied, block.parameter), atol=1e-5)
+
+
+def test_job_taken_up_again_applies_every_update_once_under_drops_duplicates_and_reordering() -> None:
+    network = MemoryNetwork(seed=7, drop=0.15, duplicate=0.15, reorder=0.15, delay=(0.0, 0.05))
+    rig = Rig(network=network)
+    gradients = []
+    for seed in range(1, 31):
+        if seed % 3 == 1:
+            rig.exchange.close()
+            rig.exchange = rig.connect(is_resumed=True)
+            rig.exchange.pull(seed)
+        gradients.append(rig.step(seed, seed))
+    assert network.faults.duplicated
+    assert network.faults.overtaken
+    assert rig.updates() == 30 * len(SHAPES)
+    for block in rig.layout.blocks:
+        np.testing.assert_allclose(-rig.weights(block.index), total(gradients, block.parameter), atol=2e-4)
+
+
+def test_job_taken_up_again_begins_anew_at_a_shard_that_has_begun_anew() -> None:
+    rig = Rig()
+    rig.step(seed=1, step=1)
+    rig.exchange.close()
+    for shard in rig.shards:
+        shard.core.take_order(None)
+    rig.order()
+    rig.replica = Replica(make_parameters())
+    rig.exchange = rig.connect(is_resumed=True)
+    rig.exchange.initialise()
+    rig.exchange.pull(1)
+    rig.step(seed=2, step=2)
+    assert rig.updates() == len(SHAPES)
 
 
 def test_push_waits_for_the_term_of_a_new_order() -> None:

@@ -97,7 +97,6 @@ class Rig:
         self.guard: Callable[[], None] = lambda: None
         self.network.idle = self.pump
         self.encoding = encoding
-        self.sequences = np.zeros(len(self.layout.blocks), np.int64)
         self.exchange = self.connect()
         if initialise:
             self.exchange.initialise()
@@ -115,7 +114,7 @@ class Rig:
             )
             shard.send(shard.core.take_order(order))
 
-    def connect(self, worker: str = "w0", replica: Replica | None = None) -> Exchange:
+    def connect(self, worker: str = "w0", replica: Replica | None = None, is_resumed: bool = False) -> Exchange:
         return Exchange(
             self.network,
             self.placement,
@@ -124,9 +123,9 @@ class Rig:
             replica or self.replica,
             Codec(make_encoding(self.encoding), DEADLINE_SECONDS),
             self.counters,
-            np.zeros(len(self.layout.blocks), np.int64),
             lambda: self.guard(),
             lambda: self.network.now,
+            is_resumed,
         )
 
     def pump(self) -> None:
