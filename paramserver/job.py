@@ -78,7 +78,7 @@ def _known_encoding(name: str) -> str:
 class PushSettings(_Section):
     encoding: str = "fp32"  # of updates
     tile: int = 64  # elements that share a scale
-    overlap: bool = True  # exchange one step's update while the next batch is computed
+    overlap: Literal["auto"] | bool = "auto"  # compute the next batch meanwhile; auto: only where an exchange is slow
     deadline_seconds: Annotated[float, Field(gt=0)] = 5.0  # then the same bytes are sent again
 
     @model_validator(mode="after")

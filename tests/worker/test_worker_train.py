@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from worker.train import Trainer, clip_, global_norm
 class Training:
     """A trainer of CountingTask on a rig."""
 
-    def __init__(self, leases: int = 2, overlap: bool = True, clip: float | None = None) -> None:
+    def __init__(self, leases: int = 2, overlap: bool = True, clip: float | None = None, **more: Any) -> None:
         self.rig = Rig()
         self.task = CountingTask()
         self.replica = Replica(self.task.parameters())
@@ -29,7 +30,13 @@ class Training:
         self.exchange.pull(0)
         self.source = ListedLeases([Lease(number, "train", examples=(number,)) for number in range(1, leases + 1)])
         self.trainer = Trainer(
-            self.task, self.replica, self.exchange, self.source, self.rig.counters, clip, 0.0 if overlap else math.inf
+            self.task,
+            self.replica,
+            self.exchange,
+            self.source,
+            self.rig.counters,
+            clip,
+            **{"patience": 0.0 if overlap else math.inf, **more},
         )
 
 
@@ -47,6 +54,27 @@ def test_overlap_leaves_exactly_one_exchange_in_flight_while_the_next_batch_is_c
     assert training.task.seen == [0.0, 0.0, -1.0, -2.0]
     assert in_flight == [0, 1, 1, 1]
     np.testing.assert_array_equal(training.rig.weights(0), np.full(128, -4.0))
+
+
+@pytest.mark.parametrize(
+    ("computing_seconds", "seen"), [(100.0, [0.0, -1.0, -2.0, -3.0]), (0.0, [0.0, 0.0, -1.0, -2.0])]
+)
+def test_auto_waits_for_an_exchange_that_is_short_beside_the_computation(
+    computing_seconds: float, seen: list[float]
+) -> None:
+    now = 0.0
+
+    def clock() -> float:
+        return now
+
+    def compute() -> None:
+        nonlocal now
+        now += computing_seconds
+
+    training = Training(patience=0.5, clock=clock)
+    training.task.on_gradients = compute
+    training.trainer.run()
+    assert training.task.seen == seen
 
 
 def test_overlapped_update_names_the_edition_that_it_was_computed_on() -> None:
