@@ -24,9 +24,9 @@ from paramserver.coordinator.effects import (
     WriteResult,
 )
 from paramserver.coordinator.lifecycle import ACTIVE_STATES, FINAL_STATES, JobRun
-from paramserver.coordinator.report import job_figures, job_result, session_figures
+from paramserver.coordinator.report import empty_result, job_figures, job_result, session_figures
 from paramserver.coordinator.sessions import Session, Sessions
-from paramserver.job import Job
+from paramserver.job import Job, parse_job
 from paramserver.protocol.messages import (
     ExportPart,
     Heartbeat,
@@ -71,6 +71,16 @@ class EndedJobError(ValueError):
     """The job is over already; the text says how it ended."""
 
 
+def _why_unreadable(record: JobRecord) -> str:
+    """Why a stored job cannot be run by this release and with what is installed here; empty where it can."""
+    try:
+        parse_job(json.loads(record.specification), "its specification")
+    except ValueError as error:
+        text = "; ".join(str(error).splitlines())
+        return f"the restarted coordinator cannot run this job any more: {text}; mend that and submit the job again"
+    return ""
+
+
 @dataclass(frozen=True)
 class Stored:
     """What an earlier coordinator left in the store."""
@@ -105,7 +115,10 @@ class CoordinatorCore:
             kept = documents.get(record.id, {})
             if "result" in kept:
                 self.results[record.id] = kept["result"]
-            if record.state in ACTIVE_STATES:
+            if record.state not in FINAL_STATES and (reason := _why_unreadable(record)):
+                failed = replace(record, state="failed", reason=reason)
+                self._seal(failed, empty_result(failed))
+            elif record.state in ACTIVE_STATES:
                 self._run = self._make_run(record, now, kept, results.get(record.id, ()), is_restored=True)
 
     # ------------------------------------------------------------------------------ messages
@@ -294,20 +307,15 @@ class CoordinatorCore:
         self._run = run
         self._metrics_at = now
 
-    def _seal(self, run: JobRun, now: float) -> None:
+    def _seal(self, record: JobRecord, result: Mapping[str, Any]) -> None:
         """Record a job that is over. The result comes first: a job that the store calls over has one."""
-        result = job_result(run, dict(self.counts), now)
-        self.results[run.record.id] = result
-        self.jobs[run.record.id] = run.record
-        self._effects += [
-            WriteResult(run.record.id, result),
-            SaveDocument(run.record.id, "result", result),
-            SaveJob(run.record),
-        ]
+        self.results[record.id] = result
+        self.jobs[record.id] = record
+        self._effects += [WriteResult(record.id, result), SaveDocument(record.id, "result", result), SaveJob(record)]
 
     def _end_running(self, run: JobRun, now: float) -> None:
         self._effects.append(AppendMetrics(run.record.id, self._metrics(run, now)))
-        self._seal(run, now)
+        self._seal(run.record, job_result(run, dict(self.counts), now))
         self._run, self._last = None, run
         for session in self.sessions.of("worker"):
             session.pending.clear()
@@ -342,7 +350,7 @@ class CoordinatorCore:
         if self._run is None or self._run.record.id != job_id:
             waiting = self._make_run(record, now)
             waiting.enter("cancelled", now, "cancelled in the queue")
-            self._seal(waiting, now)
+            self._seal(waiting.record, job_result(waiting, dict(self.counts), now))
         else:
             self._run.enter("cancelled", now, f"cancelled while {record.state}")
         self._move_on(now)
@@ -389,13 +397,20 @@ class CoordinatorCore:
         }
 
     def job_detail(self, job_id: str) -> dict[str, Any]:
-        """The summary with the specification and, when the job is over, its result. Raises UnknownJobError."""
+        """The summary with the specification and, when the job is over, its result. Raises UnknownJobError.
+
+        A stored specification that is no JSON any more is shown as the text that it is.
+        """
         record = self.jobs.get(job_id)
         if record is None:
             raise UnknownJobError(job_id)
+        try:
+            specification = json.loads(record.specification)
+        except ValueError:
+            specification = record.specification
         return {
             **self.job_summary(record),
-            "specification": json.loads(record.specification),
+            "specification": specification,
             "result": self.results.get(job_id),
         }
 

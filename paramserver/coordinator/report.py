@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
+from paramserver.coordinator.effects import JobRecord
 from paramserver.coordinator.lifecycle import JobRun
 from paramserver.coordinator.sessions import Session
-from paramserver.coordinator.telemetry import bits, plain, ratio
+from paramserver.coordinator.telemetry import Telemetry, bits, plain, ratio
 
 
 def job_figures(run: JobRun, waiting: str, now: float) -> dict[str, Any]:
@@ -82,6 +83,30 @@ def job_result(run: JobRun, coordinator_refusals: dict[str, int], now: float) ->
         "warnings": [*run.record.warnings, *run.leasing.warnings],
     }
     return cast(dict[str, Any], plain(figures))
+
+
+def empty_result(record: JobRecord) -> dict[str, Any]:
+    """What result.json holds of a job that could not be taken up at all: the fields of `job_result`, empty."""
+    telemetry = Telemetry()
+    staleness = telemetry.staleness()
+    return {
+        "job": record.id,
+        "name": record.id,
+        "seed": None,
+        "state": record.state,
+        "reason": record.reason,
+        "symbol": "element",
+        **{split: _loss(None) for split in ("train", "valid", "test")},
+        **dict.fromkeys(("steps", "examples", "examples_repeated", "skipped_steps"), 0),
+        "seconds": 0.0,
+        "seconds_by_state": {},
+        "staleness": {"all": staleness["all"], "by_worker": {}},
+        **telemetry.traffic(),
+        "refusals": {"shards": {}, "coordinator": {}},
+        "faults": telemetry.faults(),
+        "workers_lost": [],
+        "warnings": list(record.warnings),
+    }
 
 
 def session_figures(session: Session, now: float) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -15,6 +16,7 @@ from coordinator_fakes import EXAMPLES, LAYOUT, MODEL, Cluster, FakeShard, FakeW
 
 from paramserver.coordinator.core import EndedJobError, UnknownJobError
 from paramserver.coordinator.effects import Send
+from paramserver.coordinator.store import FILE_NAME
 from paramserver.protocol.layout import Block, Layout, Parameter, cut_layout
 from paramserver.protocol.messages import (
     ExportPart,
@@ -355,6 +357,43 @@ def test_new_process_under_a_placed_shards_name_fails_the_job(cluster: Cluster) 
     cluster.restart_coordinator()
     cluster.run(5, until="failed")
     assert "another process took its name" in cluster.reason()
+
+
+@pytest.mark.parametrize("state", ["queued", "training"])
+@pytest.mark.parametrize(
+    ("found", "instead", "named"),
+    [
+        ('"batch": 4', '"batch": "four"', "data.batch"),
+        ('"recurrent"', '"uninstalled"', "unknown family 'uninstalled'"),
+        ('"cluster"', '"clutter"', "unknown field"),
+        ("{", "", "Extra data"),
+    ],
+)
+def test_stored_job_that_is_no_job_any_more_fails_and_the_next_one_runs(
+    cluster: Cluster, state: str, found: str, instead: str, named: str
+) -> None:
+    first = cluster.submit(specification(stop={"epochs": 40}))
+    cluster.run(30, until="training")
+    other = cluster.submit() if state == "queued" else first
+    last = cluster.submit()
+    cluster.kill_coordinator()
+    record = cluster.core.jobs[other]
+    assert record.state == state
+    broken = record.specification.replace(found, instead, 1)
+    assert broken != record.specification
+    with sqlite3.connect(cluster.folder / f"state-{cluster.restarts}" / FILE_NAME) as store:
+        store.execute("UPDATE jobs SET specification = ? WHERE id = ?", (broken, other))
+    store.close()
+    cluster.restart_coordinator()
+    cluster.run(60, until="done", job_id=last)
+    assert cluster.state(other) == "failed"
+    assert named in cluster.reason(other)
+    assert "submit the job again" in cluster.reason(other)
+    result = cluster.written[other]
+    assert result["state"] == "failed"
+    assert result.keys() == cluster.written[last].keys()
+    json.dumps(result, allow_nan=False)
+    assert cluster.core.job_detail(other)["result"] == result
 
 
 def test_queue_ids_and_results_survive_a_kill(cluster: Cluster) -> None:
