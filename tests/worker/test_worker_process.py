@@ -228,6 +228,29 @@ def test_terminated_worker_flushes_hands_back_and_exits_0(coordinator: PlayedCoo
     assert report.residual_norm == 0
 
 
+def test_job_taken_away_in_the_middle_of_training_and_given_back_goes_on(
+    coordinator: PlayedCoordinator, tmp_path: Path
+) -> None:
+    job = PlayedJob(coordinator, tmp_path)
+    job.place()
+    job.order("train", *job.leases("train", 500))
+    coordinator.serve_until(lambda: coordinator.report().steps > 3, "some steps")
+    coordinator.orders["worker-0"] = None
+    coordinator.serve_until(lambda: coordinator.report() == WorkerReport(), "an idle worker")
+    job.order("train", *job.leases("train", 500))
+    coordinator.serve_until(lambda: coordinator.report().steps > 3 or bool(coordinator.report().failed), "more steps")
+    assert coordinator.report().failed == ""
+
+    def refusals() -> dict[str, int]:
+        report = coordinator.reports["shard-0"]
+        assert isinstance(report, ShardReport)
+        return report.refusals
+
+    assert job.layout is not None
+    blocks = len(job.layout.blocks)
+    coordinator.serve_until(lambda: refusals().get("out-of-order", 0) >= blocks, "each block to be asked about")
+
+
 def test_surplus_over_hold_is_handed_back_while_training(coordinator: PlayedCoordinator, tmp_path: Path) -> None:
     job = PlayedJob(coordinator, tmp_path)
     job.place()
