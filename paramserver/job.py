@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from paramserver.encoding import EncodingError, encoding_names, make_encoding
 
 FAMILIES_GROUP = "paramserver.families"
+MAX_FILE_BYTES = 2**20  # as over HTTP; also the end of what has none, such as a device
 
 
 class JobError(ValueError):
@@ -245,7 +246,16 @@ def load_function(reference: str) -> Callable[..., Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML as the standard has it: a field that is given twice is an error, not the last one's victory."""
+    """YAML as the standard has it: a field that is given twice is an error, not the last one's victory.
+
+    Aliases are refused, as over HTTP: a few lines of them stand for more than a machine can hold.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed; write the values out", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -301,11 +311,15 @@ def parse_job_text(text: str, source: str = "job") -> Job:
 def load_job(path: Path) -> Job:
     """The same from a file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+        text = raw[:MAX_FILE_BYTES].decode("utf-8")
     except FileNotFoundError:
         raise JobError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: not readable: {error}") from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise JobError(f"{path}: larger than {MAX_FILE_BYTES} bytes, the most allowed for a job")
     return parse_job_text(text, str(path))
 
 
