@@ -123,7 +123,6 @@ class Sessions:
         if session is None or session.incarnation != beat.incarnation:
             return None
         session.peer, session.heard_at = peer, now
-        session.number = max(session.number, beat.seen)
         return session
 
     def expire(self, now: float) -> list[Session]:

@@ -11,8 +11,8 @@ def register(sessions: Sessions, now: float = 0.0, peer: bytes = b"p", **fields:
     return sessions.register(peer, Register(**{**known, **fields}), now)  # type: ignore[arg-type]
 
 
-def beat(sessions: Sessions, incarnation: int, now: float, peer: bytes = b"p") -> bool:
-    message = Heartbeat(name="w", incarnation=incarnation, seen=0, report=WorkerReport())
+def beat(sessions: Sessions, incarnation: int, now: float, peer: bytes = b"p", seen: int = 0) -> bool:
+    message = Heartbeat(name="w", incarnation=incarnation, seen=seen, report=WorkerReport())
     return sessions.hear(peer, message, now) is not None
 
 
@@ -94,3 +94,13 @@ def test_reconnected_process_is_answered_at_its_new_connection() -> None:
     session = sessions.get("w")
     assert session is not None
     assert session.peer == b"new"
+
+
+def test_no_heartbeat_moves_the_numbers_of_orders() -> None:
+    """The largest one would be followed by a number that no message can carry: no order would arrive any more."""
+    sessions = Sessions({})
+    incarnation = incarnation_of(register(sessions))
+    assert beat(sessions, incarnation, now=1.0, seen=2**62 - 1)
+    session = sessions.get("w")
+    assert session is not None
+    assert session.number == 0
