@@ -160,7 +160,7 @@ class ShardCore:
                     serving.policy.tick(message.worker, message.step)
                     return [*self._release(serving), *self._answer_pull(serving, peer, message)]
                 case Tick():
-                    return self._tick(message)
+                    return self._tick(peer, message)
                 case Hello():
                     return [self._hello(peer, message)]
                 case Initialise():
@@ -266,10 +266,14 @@ class ShardCore:
 
     # --------------------------------------------------------------------- the others
 
-    def _tick(self, tick: Tick) -> list[Reply]:
+    def _tick(self, peer: bytes, tick: Tick) -> list[Reply]:
         serving = self.serving
+        # A tick is not answered, so what is refused is only counted.
         if serving is None or serving.order.job != tick.job:
-            self.refusals["wrong-job"] += 1  # a tick is not answered
+            self.refusals["wrong-job"] += 1
+            return []
+        if serving.peers.get(peer) != (tick.worker, tick.incarnation):
+            self.refusals["unknown-worker"] += 1
             return []
         serving.policy.tick(tick.worker, tick.step)
         return self._release(serving)

@@ -314,6 +314,15 @@ def test_bounded_parks_the_fast_worker_until_the_slow_one_catches_up() -> None:
     assert (released.peer, type(released.message)) == (b"w0", Pulled)
 
 
+def test_a_stranger_cannot_move_the_clock_of_a_worker() -> None:
+    """A clock that was set far ahead would park the worker's pulls for ever."""
+    driver = Driver(consistency={"mode": "bounded", "slack": 2}, members=("w0", "w1"))
+    assert driver.send("stranger", Tick(job="job", worker="w0", incarnation=1, step=2**61)) == []
+    assert driver.core.refusals["unknown-worker"] == 1
+    driver.push("w0", 1)
+    assert isinstance(driver.pull("w0", 1)[0].message, Pulled)
+
+
 def test_every_held_pull_of_a_worker_is_answered_once() -> None:
     driver = Driver(consistency={"mode": "bounded", "slack": 0}, members=("w0", "w1"))
     for request in (11, 12, 12):
