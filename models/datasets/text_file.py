@@ -15,6 +15,8 @@ def read(path: str) -> Splits:
     """The text in three parts, line ends as they are. Raises DataError: missing, not UTF-8, too short."""
     file = Path(path)
     try:
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise DataError(f"text file {path!r} is a device or a pipe, which may have no end; name a UTF-8 text file")
         raw = file.read_bytes()
     except FileNotFoundError:
         raise DataError(f"text file {path!r}: there is no such file (sought as {file.absolute()})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,13 @@ def test_a_wrong_text_file_is_told_by_name(tmp_path: Path, content: bytes | None
 def test_a_folder_is_no_text_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a folder"):
         text_file.read(str(tmp_path))
+
+
+def test_what_may_have_no_end_is_no_text_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(DataError, match="a device or a pipe"):
+            text_file.read(str(path))
 
 
 def test_a_text_shorter_than_a_segment_names_the_sizes(tmp_path: Path) -> None:
