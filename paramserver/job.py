@@ -80,7 +80,7 @@ class PushSettings(_Section):
     encoding: str = "fp32"  # of updates
     tile: int = 64  # elements that share a scale
     overlap: Literal["auto"] | bool = "auto"  # compute the next batch meanwhile; auto: only where an exchange is slow
-    deadline_seconds: Annotated[float, Field(gt=0)] = 5.0  # then the same bytes are sent again
+    deadline_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 5.0  # then the same bytes are sent again
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -109,8 +109,9 @@ class PullSettings(_Section):
 
 
 class OptimizerSettings(_Section):
+    # The bounds keep what reaches a kernel inside float32: an infinite factor, or zero by zero, ends in the weights.
     name: Literal["sgd", "momentum", "nesterov", "adagrad", "adam", "rmsprop"] = "adagrad"
-    lr: Annotated[float, Field(gt=0)] = 0.05
+    lr: Annotated[float, Field(gt=0, le=1000)] = 0.05
     clip: Annotated[float, Field(gt=0)] | None = 1.0  # global norm, on the worker
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # momentum, nesterov
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
@@ -118,8 +119,8 @@ class OptimizerSettings(_Section):
         0.999,
     )  # adam
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # rmsprop: of the mean square
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8  # adagrad, adam, rmsprop
-    initial_accumulator: Annotated[float, Field(ge=0)] = 0.0  # adagrad
+    epsilon: Annotated[float, Field(ge=1e-12, le=1000)] = 1e-8  # adagrad, adam, rmsprop
+    initial_accumulator: Annotated[float, Field(ge=0, le=1e30)] = 0.0  # adagrad
     where: Literal["server", "worker"] = "server"
 
     @field_validator("where")
@@ -153,7 +154,7 @@ class Routing(_Section):
 
 
 class Stop(_Section):
-    epochs: Annotated[int, Field(ge=1)] = 1
+    epochs: Annotated[int, Field(ge=1, le=2**40)] = 1
     steps: Annotated[int, Field(ge=1)] | None = None  # of all workers together: ends earlier than the epochs
 
 
