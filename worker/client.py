@@ -7,11 +7,9 @@ messages, says what time it is, and asks when the next deadline is due.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from typing import Protocol
-
-import msgspec
 
 from paramserver.process import log
 from paramserver.protocol.buffers import Bytes
@@ -20,31 +18,25 @@ from paramserver.protocol.messages import (
     BlockValue,
     Held,
     Hello,
-    Initialise,
     Initialised,
     Message,
-    Pull,
     Pulled,
     Push,
     Pushed,
     Refusal,
     RefusedUpdate,
     Tick,
-    Want,
     Welcome,
 )
 from paramserver.protocol.transport import Channel, Malformed, Received, Sending
 from worker.counters import Counters
 from worker.errors import JobFailure, WorkerError
+from worker.request import ASKING, Request
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 2.0  # before asking again what was refused for now
 LONGEST_DEADLINES = 4  # the deadline of a resent request grows up to so many times the first
 LOOK_SECONDS = 1.0  # between two looks at how often the transport reconnected
 SILENT_DEADLINES = 2  # so long without a word from the shard, and the connection is taken for dead
-
-# A sequence above it is a question: no shard is so far, so it is refused with the number that is next, and
-# a copy of it that is late can never be taken for a later update.
-ASKING = 2**61
 
 # Refused for now: the shard has not got its order, its blocks or our Hello yet. Ask again.
 TRANSIENT = frozenset({"wrong-job", "wrong-term", "not-initialised", "unknown-worker"})
@@ -58,26 +50,6 @@ class Identity:
     worker: str
     incarnation: int
     layout: str  # fingerprint
-
-
-@dataclass
-class Request:
-    """A message that must be answered. `frames` may not change until it is complete and its sendings are done."""
-
-    message: Push | Pull | Initialise
-    frames: list[Bytes] = field(default_factory=list)
-    undecided: dict[int, int] = field(default_factory=dict)  # block -> position, of updates without a verdict
-    awaited: set[int] = field(default_factory=set)  # blocks whose value has not come
-    is_unconfirmed: bool = False  # an Initialise without its Initialised
-    is_held: bool = False  # its pull waits for slower workers
-    has_final_refusals: bool = False
-    due: float = 0.0
-    attempts: int = 0
-    sendings: list[Sending] = field(default_factory=list)
-
-    @property
-    def is_complete(self) -> bool:
-        return not (self.undecided or self.awaited or self.is_unconfirmed)
 
 
 class Sink(Protocol):
@@ -260,7 +232,9 @@ class ShardClient:
             self._pause(request, now)
             return
         if why.code == "out-of-order" and why.sequence > ASKING and why.expected:
-            self._renumber(request, position, why.expected, now)
+            request.renumber(position, why.expected)
+            request.due = now
+            self._sink.renumbered(why.block, why.expected)
             return
         if why.code == "out-of-order":
             if why.expected > why.sequence:
@@ -276,15 +250,6 @@ class ShardClient:
         request.has_final_refusals = True
         log("update-refused", level="warning", shard=self.shard, block=why.block, code=why.code, detail=why.detail)
         self._sink.refused_update(request, position, why)
-
-    def _renumber(self, request: Request, position: int, sequence: int, now: float) -> None:
-        """Give an update the sequence that the shard expects, and send it again."""
-        assert isinstance(request.message, Push)  # only a Push carries updates
-        updates = list(request.message.updates)
-        updates[position] = msgspec.structs.replace(updates[position], sequence=sequence)
-        request.message = msgspec.structs.replace(request.message, updates=tuple(updates))
-        request.due = now
-        self._sink.renumbered(updates[position].block, sequence)
 
     def _on_pulled(self, pulled: Pulled, frames: tuple[memoryview, ...], now: float) -> None:
         request = self._requests.get(pulled.request)
@@ -346,42 +311,12 @@ class ShardClient:
         self._hello_due = now + min(self._deadline, LONGEST_PAUSE_SECONDS)
 
     def _transmit(self, request: Request, now: float) -> None:
-        message, frames = self._as_sent(request)
+        message, frames = request.as_sent(self.term)
         request.sendings = [sending for sending in request.sendings if not sending.done]
         request.sendings.append(self._send(message, frames))
         request.due = now + self._deadline * min(2**request.attempts, LONGEST_DEADLINES)
         request.attempts += 1
         self._silent_since = now if self._silent_since is None else self._silent_since
-
-    def _as_sent(self, request: Request) -> tuple[Message, list[Bytes]]:
-        """What goes out: the same message each time, but for a new term and for parts that are decided."""
-        message, frames = request.message, request.frames
-        if message.term != self.term:
-            message = request.message = msgspec.structs.replace(message, term=self.term)
-        if not isinstance(message, Push):
-            return message, frames
-        if not request.undecided:
-            # All updates are decided: only values are missing, and asking for them is idempotent.
-            wants = tuple(want for want in message.wants if want.block in request.awaited)
-            return self._pull_of(message, wants), []
-        if request.has_final_refusals:
-            # What went back into the residual may not be applied after all.
-            kept = sorted(request.undecided.values())
-            updates = tuple(message.updates[position] for position in kept)
-            return msgspec.structs.replace(message, updates=updates), [frames[position] for position in kept]
-        return message, frames
-
-    def _pull_of(self, push: Push, wants: tuple[Want, ...]) -> Pull:
-        return Pull(
-            request=push.request,
-            job=push.job,
-            term=push.term,
-            phase=push.phase,
-            worker=push.worker,
-            incarnation=push.incarnation,
-            step=push.step,
-            wants=wants,
-        )
 
     def _send(self, message: Message, frames: Sequence[Bytes] = ()) -> Sending:
         views = [frame.data for frame in frames]

@@ -31,10 +31,11 @@ from paramserver.protocol.messages import (
     Want,
 )
 from paramserver.protocol.transport import Transport
-from worker.client import ASKING, Identity, Request, ShardClient
+from worker.client import Identity, ShardClient
 from worker.counters import Counters
 from worker.errors import JobFailure
 from worker.replica import BlockGradients, Replica
+from worker.request import ASKING, Request
 from worker.residual import ResidualStore
 
 IN_FLIGHT = 4  # undecided messages a shard: enough to hide a round trip, few enough for the shard's memory

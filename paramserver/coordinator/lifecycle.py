@@ -18,10 +18,9 @@ from paramserver.coordinator.effects import (
     LeaseResult,
     SaveDocument,
     SaveJob,
-    SealModel,
     Send,
-    StorePart,
 )
+from paramserver.coordinator.exporting import ModelExport
 from paramserver.coordinator.leasing import Leasing
 from paramserver.coordinator.placement import PlacedShard, Placement, PlacementError, balance
 from paramserver.coordinator.sessions import Session
@@ -90,9 +89,6 @@ class JobRun:
         self._entered = now
         self._settled_at = now + settle_seconds
         self._shards_due_at = now + (RETURN_SECONDS if settle_seconds else 0.0)
-        self._export_lease = -1
-        self._export_stored = 0
-        self._is_exported = False
         self._drained_at = now
         self.seconds: dict[str, float] = {}
         self._restore(documents, list(results))
@@ -105,7 +101,7 @@ class JobRun:
         self.book = self.leasing.book
         self.seconds = dict(progress.get("seconds", {}))
         self.workers_lost = list(progress.get("workers_lost", []))
-        self._is_exported = bool(progress.get("is_exported", False))
+        self.export = ModelExport(self.record.id, bool(progress.get("is_exported", False)))
         if placed is not None:
             self._set_layout(msgspec.convert(placed["layout"], Layout), dict(placed["examples"]))
             shards = tuple(msgspec.convert(shard, PlacedShard) for shard in placed["shards"])
@@ -116,7 +112,7 @@ class JobRun:
             **self.leasing.progress(),
             "seconds": self.seconds_by_state(now),
             "workers_lost": self.workers_lost,
-            "is_exported": self._is_exported,
+            "is_exported": self.export.is_complete,
         }
         self._effects.append(SaveDocument(self.record.id, "progress", body))
 
@@ -186,7 +182,7 @@ class JobRun:
             self.enter("training", now)
 
     def _advance_exporting(self, shards: list[Session], now: float) -> None:
-        if not self._is_exported:
+        if not self.export.is_complete:
             if self.book.left("export") == 0:
                 self.fail("a worker called the export done before its bytes had arrived; submit the job again", now)
             return
@@ -426,16 +422,12 @@ class JobRun:
         if not is_export or not self.book.adopt(part.name, part.lease):
             self._count("unknown-lease")
             return
-        if part.lease != self._export_lease:
-            self._export_lease, self._export_stored = part.lease, 0
-        size = len(data)
-        if part.offset == self._export_stored and not self._is_exported and size and part.offset + size <= part.total:
-            self._effects.append(StorePart(self.record.id, part.offset, data))
-            self._export_stored += size
-        else:
+        was_complete = self.export.is_complete
+        effects = self.export.take(part, data)
+        if not effects:
             self._count("export-out-of-order")
-        if self._export_stored == part.total > 0 and not self._is_exported:
-            self._is_exported = True
-            self._effects.append(SealModel(self.record.id))
+        self._effects += effects
+        if self.export.is_complete and not was_complete:
             self.save_progress(now)
-        self._effects.append(Send(peer, ExportStored(job=self.record.id, lease=part.lease, stored=self._export_stored)))
+        stored = ExportStored(job=self.record.id, lease=part.lease, stored=self.export.stored)
+        self._effects.append(Send(peer, stored))

@@ -605,13 +605,13 @@ def test_export_parts_out_of_order_or_without_the_lease_are_not_stored(cluster: 
         return list(cluster.core.handle(b"p", message, [memoryview(bytes(40))], cluster.now))
 
     other = next(worker.name for worker in cluster.workers() if worker is not holder)
-    stored = cluster.core._run._export_stored if cluster.core._run else 0
+    stored = cluster.core._run.export.stored if cluster.core._run else 0
     part(other, stored)
     part(holder.name, stored + 1)
     part(holder.name, stored, lease=0)
     part(holder.name, 90)
     assert cluster.core._run is not None
-    assert cluster.core._run._export_stored == stored
+    assert cluster.core._run.export.stored == stored
     for worker in cluster.workers():
         worker.is_stuck = False
     cluster.run(30, until="done")
