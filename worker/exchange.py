@@ -293,7 +293,7 @@ class Exchange:
         self._sequences[block] = sequence
 
     def value(self, value: BlockValue, frame: memoryview | None) -> bool:
-        """Write a pulled value into the replica."""
+        """Write a pulled value into the replica. Raises JobFailure where the weights are not finite."""
         if value.kind == "current":
             return int(self._replica.editions[value.block]) == value.edition
         if value.kind != "snapshot" or frame is None:
@@ -303,6 +303,12 @@ class Exchange:
             self._replica.write(value.block, value.edition, value.encoding, np.frombuffer(frame, np.uint8))
         except EncodingError as error:
             self._counters.refusals[error.code] += 1
+            if error.code == "not-finite":
+                # No later update can mend them, so asking again would never end.
+                raise JobFailure(
+                    f"the weights of block {value.block} are not finite any more: training has diverged; "
+                    "lower optimizer.lr, or set optimizer.clip"
+                ) from None
             log("value-unusable", level="warning", block=value.block, code=error.code, reason=error)
             return False
         return True

@@ -12,6 +12,7 @@ from paramserver.shard.core import Reply, ShardCore
 from paramserver.shard.preparation import Preparation
 
 BATCH_MESSAGES = 64  # handled in a row before the control channel gets a look
+MOST_NAMES = 1024  # workers that a report lists; strangers may have said Hello by the thousand
 LONGEST_WAIT_SECONDS = 0.5  # how late a stop request may be seen
 PREPARING_WAIT_SECONDS = 0.05  # how late the end of a compilation may be seen
 
@@ -168,6 +169,6 @@ class ShardServer:
             working_seconds=self._working_seconds,
             parked_pulls=sum(map(len, serving.parked.values())),
             pending_updates=serving.policy.pending_updates,
-            workers=tuple(sorted({worker for worker, _ in serving.peers.values()})),
+            workers=tuple(sorted({worker for worker, _ in serving.peers.values()}))[:MOST_NAMES],
             handshake_failures=self._listener.handshake_failures,
         )

@@ -370,13 +370,13 @@ def test_unusable_value_is_asked_for_again_and_never_written() -> None:
             return None
         spoiled.append(1)
         replies = shard.core.handle(received.peer, received.message, received.frames)
-        bad = memoryview(np.full(40, np.nan, np.float32).tobytes())
+        bad = memoryview(bytes(8))
         return [replies[0], Reply(replies[1].peer, replies[1].message, [bad])]
 
     shard.intercept = spoil
     rig.step(seed=1, step=1)
     assert spoiled
-    assert rig.counters.refusals["not-finite"] == 1
+    assert rig.counters.refusals["wrong-size"] == 1
     assert np.isfinite(rig.replica.values(1)).all()
     assert rig.replica.editions.tolist() == [1, 1, 1]
 
@@ -434,3 +434,14 @@ def test_held_is_a_word_from_a_living_shard() -> None:
     rig.step(seed=1, step=1)
     assert rig.counters.reconnections == 0
     assert rig.updates() == len(SHAPES)
+
+
+def test_weights_that_diverged_fail_the_job_with_the_mend() -> None:
+    rig = Rig()
+    shard = rig.shards[0]
+    assert shard.core.serving is not None
+    for block in shard.core.serving.blocks.values():
+        block.weights[0] = np.inf
+        block.version += 1
+    with pytest.raises(JobFailure, match="not finite any more: training has diverged; lower optimizer.lr"):
+        rig.exchange.pull(1)
