@@ -38,7 +38,7 @@ from worker.replica import BlockGradients, Replica
 from worker.request import ASKING, Request
 from worker.residual import ResidualStore
 
-IN_FLIGHT = 4  # undecided messages a shard: enough to hide a round trip, few enough for the shard's memory
+IN_FLIGHT = 8  # undecided messages a shard: enough to hide a round trip, few enough for the shard's memory
 LONGEST_WAIT_SECONDS = 0.25  # how late a stop or a new order may be seen
 COMPLAIN_SECONDS = 10.0
 FP32_BYTES = 4

@@ -30,9 +30,9 @@ from paramserver.protocol.transport import MAX_MESSAGE_BYTES, Buffer
 
 MAX_HEAD_BYTES = MAX_MESSAGE_BYTES // 2
 MAX_FRAMES = 4096  # and as many wants, each of which may ask for a frame back
-CUT_BYTES = (
-    MAX_MESSAGE_BYTES // 2
-)  # what senders aim at: large enough for speed, small enough to have several in flight
+# What senders aim at: one full block of float32. Large enough for the wire, small enough that encoding, transfer and
+# applying of a step's messages run side by side; with 4 MiB a model of a million parameters is one message a shard.
+CUT_BYTES = MAX_MESSAGE_BYTES // 8
 CUT_FRAMES = 1024
 _MAX_REASON = 300  # a reason may quote the peer's bytes, and goes back to it in a Refusal
 

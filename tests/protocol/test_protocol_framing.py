@@ -19,6 +19,7 @@ from paramserver.protocol.framing import (
     decode_message,
     encode_message,
 )
+from paramserver.protocol.layout import BLOCK_ELEMENTS
 from paramserver.protocol.messages import (
     MESSAGE_TYPES,
     BlockUpdate,
@@ -216,6 +217,6 @@ def test_batches_cover_all_frames_in_order_within_the_bounds(sizes: list[int], l
         assert following is None or len(batch) == most or held + sizes[following[0]] > limit
 
 
-def test_messages_of_full_blocks_are_about_four_megabytes() -> None:
-    assert batches_by_bytes([2**20] * 10) == [range(4), range(4, 8), range(8, 10)]
-    assert CUT_BYTES == 4 * 2**20
+def test_a_full_block_of_float32_fills_a_message() -> None:
+    assert CUT_BYTES == 4 * BLOCK_ELEMENTS
+    assert batches_by_bytes([CUT_BYTES, CUT_BYTES, 100, 200]) == [range(1), range(1, 2), range(2, 4)]
