@@ -12,7 +12,6 @@ from math import inf
 from typing import Protocol
 
 from paramserver.process import log
-from paramserver.protocol.buffers import Bytes
 from paramserver.protocol.framing import encode_message
 from paramserver.protocol.messages import (
     BlockValue,
@@ -28,7 +27,7 @@ from paramserver.protocol.messages import (
     Tick,
     Welcome,
 )
-from paramserver.protocol.transport import Channel, Malformed, Received, Sending
+from paramserver.protocol.transport import Bytes, Channel, Malformed, Received, Sending
 from worker.counters import Counters
 from worker.errors import JobFailure, WorkerError
 from worker.request import ASKING, Request

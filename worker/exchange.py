@@ -18,7 +18,7 @@ from torch import Tensor
 
 from paramserver.encoding import Encoding, EncodingError, make_encoding, parse_encoding
 from paramserver.process import log
-from paramserver.protocol.buffers import BufferPool, Bytes
+from paramserver.protocol.buffers import BufferPool
 from paramserver.protocol.framing import CUT_BYTES, batches_by_bytes
 from paramserver.protocol.messages import (
     BlockUpdate,
@@ -30,7 +30,7 @@ from paramserver.protocol.messages import (
     ShardAddress,
     Want,
 )
-from paramserver.protocol.transport import Transport
+from paramserver.protocol.transport import Bytes, Transport
 from worker.client import Identity, ShardClient
 from worker.counters import Counters
 from worker.errors import JobFailure
@@ -169,7 +169,7 @@ class Exchange:
                     layout=self._identity.layout,
                     blocks=cut,
                 )
-                frames = [self._encode(self._fp32, self._replica.values(block)) for block in cut]
+                frames = [self._encode(client, self._fp32, self._replica.values(block)) for block in cut]
                 yield client, Request(message, frames, is_unconfirmed=True)
 
         self._post(requests())
@@ -186,7 +186,7 @@ class Exchange:
             for client, cut in self._interleaved():
                 blocks = [block for block in cut if block in holding]
                 if blocks:
-                    frames = [self._encode(self._fp32, self.residuals.of(block)) for block in blocks]
+                    frames = [self._encode(client, self._fp32, self.residuals.of(block)) for block in blocks]
                     for block in blocks:
                         self.residuals.clear(block)
                     yield client, self._push(blocks, frames, self._fp32, self._replica.editions, step, wants=())
@@ -225,7 +225,7 @@ class Exchange:
             for block in blocks:
                 # A lossless encoding needs a residual only where a refused update was taken back.
                 residual = self.residuals.find(block) if self._encoding.lossless else self.residuals.of(block)
-                frames.append(self._encode(self._encoding, gradients[block], residual))
+                frames.append(self._encode(client, self._encoding, gradients[block], residual))
             yield client, self._push(blocks, frames, self._encoding, editions, step, self._wants(cut))
 
     def _push(
@@ -270,9 +270,13 @@ class Exchange:
         return self._last_request
 
     def _encode(
-        self, encoding: Encoding, values: npt.NDArray[np.float32], residual: npt.NDArray[np.float32] | None = None
+        self,
+        client: ShardClient,
+        encoding: Encoding,
+        values: npt.NDArray[np.float32],
+        residual: npt.NDArray[np.float32] | None = None,
     ) -> Bytes:
-        frame = self._pool.take(encoding.frame_bytes(values.size))
+        frame = self._pool.take(encoding.frame_bytes(values.size), client.channel.memory())
         encoding.encode(values, frame, residual)
         return frame
 

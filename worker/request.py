@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from paramserver.protocol.buffers import Bytes
 from paramserver.protocol.messages import Initialise, Message, Pull, Push
-from paramserver.protocol.transport import Sending
+from paramserver.protocol.transport import Bytes, Sending
 
 # A sequence above it is a question: no shard is so far, so it is refused with the number that is next, and
 # a copy of it that is late can never be taken for a later update.

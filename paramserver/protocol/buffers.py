@@ -1,6 +1,7 @@
 """Buffers of frames, used again: large fresh ones pay a page fault every 4 KiB.
 
-A buffer is free only when its update is answered *and* the transport has let go of it.
+A buffer is free only when its update is answered *and* the transport has let go of it. Where the receiver
+shares memory with us, the buffer is a piece of that.
 """
 
 from __future__ import annotations
@@ -9,13 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 
-from paramserver.protocol.transport import Sending
-
-Bytes = npt.NDArray[np.uint8]
+from paramserver.protocol.transport import Bytes, FrameMemory, Sending
 
 MAX_LINGERING = 256
+PLACED_BYTES = 4 * 2**10  # smaller frames are copied when they are sent, which is cheaper than keeping book of them
 
 
 class BufferPool:
@@ -24,9 +23,13 @@ class BufferPool:
     def __init__(self) -> None:
         self._free: defaultdict[int, list[Bytes]] = defaultdict(list)
         self._lingering: list[tuple[list[Bytes], list[Sending]]] = []
+        self._placed: dict[int, tuple[Bytes, FrameMemory]] = {}  # by the buffer's id
 
-    def take(self, size: int) -> Bytes:
-        """A buffer (size,) with whatever content; the caller owns it until `give`."""
+    def take(self, size: int, memory: FrameMemory | None = None) -> Bytes:
+        """A buffer (size,) with whatever content, in `memory` where it has room; the caller owns it until `give`."""
+        if memory is not None and size >= PLACED_BYTES and (placed := memory.place(size)) is not None:
+            self._placed[id(placed)] = placed, memory
+            return placed
         if self._lingering and not self._free[size]:
             self._sweep()
         free = self._free[size]
@@ -41,7 +44,10 @@ class BufferPool:
             del self._lingering[:-MAX_LINGERING]
         else:
             for buffer in buffers:
-                self._free[buffer.size].append(buffer)
+                if self._placed and (found := self._placed.pop(id(buffer), None)) is not None:
+                    found[1].free(buffer)
+                else:
+                    self._free[buffer.size].append(buffer)
 
     def _sweep(self) -> None:
         lingering, self._lingering = self._lingering, []

@@ -272,6 +272,9 @@ class MemoryListener(_MemoryEndpoint):
         super().__init__(network, address)
         self._links: dict[Peer, _Link] = {}
 
+    def memory(self, peer: Peer) -> None:
+        """Simulated machines share none."""
+
     def send(self, peer: Peer, message: Message, frames: Sequence[Buffer] = ()) -> Sending:
         """Send to a peer; one that is gone is counted in `faults.unreachable`."""
         self._must_be_open()
@@ -302,6 +305,9 @@ class MemoryChannel(_MemoryEndpoint):
     def reconnections(self) -> int:
         """How often the connection was established after the first time."""
         return max(0, self._established - 1)
+
+    def memory(self) -> None:
+        """Simulated machines share none."""
 
     def send(self, message: Message, frames: Sequence[Buffer] = ()) -> Sending:
         """Send, or queue while no listener has the address."""

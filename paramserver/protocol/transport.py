@@ -6,7 +6,8 @@ Both are used from one thread only, and neither blocks for longer than the timeo
 
 Buffers. Frames given to `send` are not copied when they are large: they may not change until the
 returned `Sending` is done. Frames that `receive` returns are read-only views that keep their memory
-alive; apply them and drop them.
+alive, but they hold the message only until the next `receive` of the same endpoint: apply them and drop
+them. Where a peer shares memory with us (`memory`), frames that are written there are sent without a copy.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from paramserver.protocol.messages import Message
 
 Buffer = bytes | bytearray | memoryview
+Bytes = npt.NDArray[np.uint8]
 Peer = bytes  # a listener's name for one connection; opaque, and new after a peer restarts
 
 MAX_MESSAGE_BYTES = 8 * 2**20  # heads and frames together; senders cut at about half of it
@@ -44,9 +49,21 @@ class Sent:
 SENT = Sent()
 
 
+class FrameMemory(Protocol):
+    """Memory that a peer reads as well, with room for the frames of a few messages to it."""
+
+    def place(self, size: int) -> Bytes | None:
+        """A buffer (size,) to write a frame in, the caller's until `free`; None where there is no room now."""
+        ...
+
+    def free(self, frame: Bytes) -> None:
+        """The frame is not needed any more, here; a peer that it was sent to keeps what it reads."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A well-formed message. `frames` are read-only views; `message_bytes` counts head and frames."""
+    """A well-formed message. `frames` are valid until the next receive; `message_bytes` counts head and frames."""
 
     peer: Peer
     message: Message
@@ -78,6 +95,10 @@ class Listener(Protocol):
         """Queue a message for a peer. A peer that is gone, or whose queue is full, drops it: peers retry."""
         ...
 
+    def memory(self, peer: Peer) -> FrameMemory | None:
+        """Where frames to this peer are best written; None where it shares no memory with us."""
+        ...
+
     def receive(self, timeout_seconds: float) -> Received | Malformed | None:
         """The next message, or None when the time is over."""
         ...
@@ -94,6 +115,10 @@ class Channel(Protocol):
 
     def send(self, message: Message, frames: Sequence[Buffer] = ()) -> Sending:
         """Queue a message for the remote; it waits in the queue while the remote is away."""
+        ...
+
+    def memory(self) -> FrameMemory | None:
+        """Where frames to the remote are best written; None where it shares no memory with us."""
         ...
 
     def receive(self, timeout_seconds: float) -> Received | Malformed | None: ...

@@ -1,7 +1,8 @@
 """The transport over ZeroMQ: the only user of zmq. Listeners are ROUTER sockets, channels DEALER sockets.
 
 Synchronous and polled, one I/O thread, no thread of its own. Frames from ZERO_COPY_BYTES up leave and
-arrive without a copy; smaller ones are copied, which is cheaper than tracking them.
+arrive without a copy; smaller ones are copied, which is cheaper than tracking them. Between processes of one
+machine frames go through shared memory where both ends can (see shared.py).
 
 Bounds. libzmq refuses a frame above MAX_MESSAGE_BYTES before it takes memory for it, and stops reading a
 connection whose queue is full. It does not bound how many frames one message has: those past the bound
@@ -23,12 +24,26 @@ import zmq
 
 from paramserver.protocol.framing import MAX_FRAMES, FramingError, decode_message, encode_message
 from paramserver.protocol.messages import Message
+from paramserver.protocol.shared import (
+    DECLINE,
+    MARK,
+    OFFER,
+    SHARE_BYTES,
+    SHARED,
+    TOKEN_BYTES,
+    Arena,
+    Mapping,
+    Offering,
+    Ring,
+    SharingError,
+)
 from paramserver.protocol.transport import (
     MAX_MESSAGE_BYTES,
     SENT,
     ZERO_COPY_BYTES,
     Buffer,
     Endpoint,
+    FrameMemory,
     Malformed,
     Peer,
     Received,
@@ -52,6 +67,7 @@ _FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 ).value
 _MONITOR_NAMES = itertools.count()
+_MARK = bytes([MARK])
 
 
 class ZeroMQTransport:
@@ -99,6 +115,7 @@ class _Socket:
         self._kind = kind
         self._events = events
         self._until_look = MONITOR_EVERY
+        self._unreleased: tuple[Ring, int] | None = None  # where the frames of the last message are, and their end
         self.dropped = 0
         """Messages that were not sent because the peer is gone or its queue is full."""
         self._open()
@@ -178,10 +195,53 @@ class _Socket:
             return SENT
         return trackers[0] if len(trackers) == 1 else zmq.MessageTracker(*trackers)
 
+    def _send_shared(self, arena: Arena, peer: Peer | None, head: Buffer, frames: Sequence[Buffer]) -> bool:
+        """Send a message whose frames go through shared memory; False where they do not fit in there now."""
+        shared = arena.share(head, frames)
+        if shared is None:
+            return False
+        end, part = shared
+        dropped = self.dropped
+        self._send_parts(*((part, ()) if peer is None else (peer, (part,))))
+        if self.dropped == dropped:
+            arena.outgoing.commit(end)
+        return True
+
     def _receive(self, timeout_seconds: float, has_peer: bool) -> Received | Malformed | None:
+        if self._unreleased is not None:
+            ring, end = self._unreleased
+            self._unreleased = None
+            ring.release(end)
         self._until_look -= 1
         if self._until_look <= 0:
             self.look_at_monitor()
+        while (got := self._receive_parts(timeout_seconds, has_peer)) is not None:
+            peer, parts, message_bytes = got
+            try:
+                if len(parts) == 1 and parts[0][:1] == _MARK:
+                    shared = self._take_own(peer, bytes(parts[0]))
+                    if shared is None:
+                        continue  # the transport's own: nothing for the caller
+                    parts = shared
+                    message_bytes = sum(map(len, parts))
+                message, frames = decode_message(parts)
+            except (FramingError, SharingError) as error:
+                return Malformed(peer, str(error), message_bytes)
+            return Received(peer, message, frames, message_bytes)
+        self.look_at_monitor()
+        return None
+
+    def _take_own(self, peer: Peer, part: bytes) -> list[Buffer] | None:
+        """Take a part that the transport sent to itself; [head, *frames] where it stands for a message."""
+        raise NotImplementedError
+
+    def _read_shared(self, arena: Arena, part: bytes) -> list[Buffer]:
+        end, parts = arena.read(part)
+        self._unreleased = arena.incoming, end
+        return parts
+
+    def _receive_parts(self, timeout_seconds: float, has_peer: bool) -> tuple[Peer, list[Buffer], int] | None:
+        """(peer, parts, bytes) of the next message, None when the time is over; no parts for an empty message."""
         recv = self.socket.recv
         flags = 0
         if timeout_seconds <= 0:
@@ -194,14 +254,13 @@ class _Socket:
             # whose handler returns, pyzmq begins it again with the whole timeout.
             frame = recv(flags, copy=False)
         except zmq.Again:
-            self.look_at_monitor()
             return None
         peer = b""
         if has_peer:
             # The routing identity is the transport's own: it counts neither as a frame nor as bytes.
             peer = frame.bytes
             if not frame.more:
-                return Malformed(peer, "an empty message: there is no head", 0)
+                return peer, [], 0
             frame = recv(zmq.NOBLOCK, copy=False)
         parts: list[Buffer] = []
         message_bytes = 0
@@ -214,11 +273,7 @@ class _Socket:
             if not frame.more:
                 break
             frame = recv(zmq.NOBLOCK, copy=False)
-        try:
-            message, frames = decode_message(parts)
-        except FramingError as error:
-            return Malformed(peer, error.reason, message_bytes)
-        return Received(peer, message, frames, message_bytes)
+        return peer, parts, message_bytes
 
 
 class ZeroMQListener(_Socket):
@@ -230,6 +285,7 @@ class ZeroMQListener(_Socket):
         self._handshaking: dict[int, None] = {}  # descriptors of connections that are not yet accepted as peers
         self._failures = 0
         self._announced = False  # the next connection that ends has been counted as a failure
+        self._mapping = Mapping()
         events = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
         super().__init__(context, zmq.ROUTER, events)
         # A peer that is gone is an error at once, instead of a message that silently goes nowhere.
@@ -254,7 +310,31 @@ class ZeroMQListener(_Socket):
 
     def send(self, peer: Peer, message: Message, frames: Sequence[Buffer] = ()) -> Sending:
         """Queue a message for a peer; one that is gone, or whose queue is full, is dropped and counted."""
-        return self._send_parts(peer, encode_message(message, frames))
+        head, *rest = encode_message(message, frames)
+        if rest:
+            arena = self._mapping.of(peer)
+            is_large = sum(map(len, rest)) >= SHARE_BYTES
+            if arena is not None and is_large and self._send_shared(arena, peer, head, rest):
+                return SENT
+        return self._send_parts(peer, [head, *rest])
+
+    def memory(self, peer: Peer) -> FrameMemory | None:
+        """The ring towards this peer, where it shares one with us."""
+        arena = self._mapping.of(peer)
+        return None if arena is None else arena.outgoing
+
+    def _take_own(self, peer: Peer, part: bytes) -> list[Buffer] | None:
+        if part.startswith(OFFER):
+            self._send_parts(peer, [self._mapping.answer(peer, part)])
+            return None
+        if not part.startswith(SHARED):
+            raise SharingError("nothing that the transport says to itself")
+        arena = self._mapping.of(peer)
+        if arena is None:
+            # The peer has reconnected and does not know it. Its message is lost with its old connection.
+            self._send_parts(peer, [DECLINE + part[len(SHARED) : len(SHARED) + TOKEN_BYTES]])
+            return None
+        return self._read_shared(arena, part)
 
     def receive(self, timeout_seconds: float) -> Received | Malformed | None:
         """The next message, or None when the time is over; 0 does not block."""
@@ -265,6 +345,8 @@ class ZeroMQListener(_Socket):
         # to the oldest that waits, and a wrong guess is put right when connections end. It announces most
         # failures just before the end; those of the ancient ZMTP 1.0 are nothing but an end.
         waiting = self._handshaking
+        if event == zmq.EVENT_DISCONNECTED:
+            self._mapping.sweep()
         if event == zmq.EVENT_ACCEPTED:
             waiting[value] = None
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -294,6 +376,7 @@ class ZeroMQChannel(_Socket):
             raise TransportError(f"cannot connect to {address!r}: '*' means all interfaces; name one host")
         self._address = f"tcp://{host}:{port}"
         self._established = 0
+        self._offering = Offering()
         super().__init__(context, zmq.DEALER, zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._connect()
 
@@ -310,15 +393,41 @@ class ZeroMQChannel(_Socket):
     def send(self, message: Message, frames: Sequence[Buffer] = ()) -> Sending:
         """Queue a message; SEND_QUEUE of them wait while the remote is away, the next is dropped and counted."""
         head, *rest = encode_message(message, frames)
+        if rest:
+            frame_bytes = sum(map(len, rest))
+            offer = self._offering.due(frame_bytes)
+            if offer is not None:
+                self._send_parts(offer, ())
+            arena = self._offering.arena
+            if arena is not None and frame_bytes >= SHARE_BYTES and self._send_shared(arena, None, head, rest):
+                return SENT
         return self._send_parts(head, rest)
+
+    def memory(self) -> FrameMemory | None:
+        """The ring towards the remote, where it shares one with us."""
+        arena = self._offering.arena
+        return None if arena is None else arena.outgoing
+
+    def _take_own(self, peer: Peer, part: bytes) -> list[Buffer] | None:
+        arena = self._offering.arena
+        if part.startswith(SHARED) and arena is not None:
+            return self._read_shared(arena, part)
+        self._offering.hear(part)
+        return None
 
     def receive(self, timeout_seconds: float) -> Received | Malformed | None:
         """The next message, or None when the time is over; 0 does not block."""
         return self._receive(timeout_seconds, has_peer=False)
 
+    def close(self) -> None:
+        """Close; what is still queued has LINGER_MS to leave. Closing twice is allowed."""
+        super().close()
+        self._offering.abandon()
+
     def reset(self) -> None:
         """Drop the connection with everything queued in it and connect afresh, as a new Peer."""
         self._close(0)
+        self._offering.abandon()
         self._open()
         self._connect()
 

@@ -10,6 +10,7 @@ import numpy as np
 from paramserver.encoding.base import Bytes, Encoding, Float32
 from paramserver.protocol.buffers import BufferPool
 from paramserver.protocol.layout import Block
+from paramserver.protocol.transport import FrameMemory
 from paramserver.shard.watermarks import Watermarks
 
 if TYPE_CHECKING:
@@ -47,11 +48,11 @@ class HeldBlock:
         self._first_values = digest
         return True
 
-    def snapshot(self, encoding: Encoding, pool: BufferPool) -> Bytes:
+    def snapshot(self, encoding: Encoding, pool: BufferPool, memory: FrameMemory | None = None) -> Bytes:
         """The weights as they are now, encoded into a buffer of the pool; give it back when it is sent.
 
         The copy is needed: a transport still reads the buffer while the next update changes the weights.
         """
-        frame = pool.take(encoding.frame_bytes(self.elements))
+        frame = pool.take(encoding.frame_bytes(self.elements), memory)
         encoding.encode(self.weights, frame)
         return frame

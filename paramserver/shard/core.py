@@ -38,7 +38,7 @@ from paramserver.protocol.messages import (
     Want,
     Welcome,
 )
-from paramserver.protocol.transport import MAX_MESSAGE_BYTES
+from paramserver.protocol.transport import MAX_MESSAGE_BYTES, FrameMemory
 from paramserver.shard.block import HeldBlock
 from paramserver.shard.consistency import make_policy
 from paramserver.shard.optimizers import make_optimizer, warm_up
@@ -122,6 +122,7 @@ class ShardCore:
     serving: Serving | None = None
     refusals: Counter[str] = field(default_factory=Counter)
     pool: BufferPool = field(default_factory=BufferPool)
+    memory: Callable[[bytes], FrameMemory | None] = lambda peer: None  # where frames to a peer are best written
 
     # ------------------------------------------------------------------ what to serve
 
@@ -229,8 +230,9 @@ class ShardCore:
         serving.telemetry.pulls += 1
         values: list[BlockValue] = []
         frames: list[Bytes] = []
+        memory = self.memory(peer)
         for block, want in zip(blocks, request.wants, strict=True):
-            values.append(self._value(serving, block, want, frames))
+            values.append(self._value(serving, block, want, frames, memory))
         return [Reply(peer, Pulled(request=request.request, values=tuple(values)), frames)]
 
     def _wanted(self, serving: Serving, peer: bytes, request: Pull | Push) -> list[HeldBlock]:
@@ -245,11 +247,13 @@ class ShardCore:
             raise Refused("not-served", f"{MAX_PARKED} pulls of {request.worker} wait already, which is the limit")
         return blocks
 
-    def _value(self, serving: Serving, block: HeldBlock, want: Want, frames: list[Bytes]) -> BlockValue:
+    def _value(
+        self, serving: Serving, block: HeldBlock, want: Want, frames: list[Bytes], memory: FrameMemory | None
+    ) -> BlockValue:
         encoding = serving.pull_encoding
         if want.have == block.version:
             return BlockValue(block.index, block.version, "current", encoding.identifier)
-        frame = block.snapshot(encoding, self.pool)
+        frame = block.snapshot(encoding, self.pool, memory)
         frames.append(frame)
         serving.telemetry.pulled(frame.size, block.elements)
         return BlockValue(block.index, block.version, "snapshot", encoding.identifier, 1)

@@ -28,6 +28,7 @@ class ShardServer:
         self.core = core
         self._transport = transport
         self._listener: Listener = transport.listen(listen)
+        core.memory = self._listener.memory
         self._control: Channel = transport.connect(coordinator)
         fields = {name: getattr(introduction, name) for name in introduction.__struct_fields__}
         fields["address"] = introduction.address or self._listener.address
