@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Sequence
 from multiprocessing.queues import SimpleQueue
@@ -18,7 +19,7 @@ import numpy as np
 from benchmarks import peers
 from benchmarks.report import median, show, spread
 
-OURS = ("fp32 / fp32", "int8 / bf16")
+OURS = ("fp32 / fp32", "int8 / bf16", "fp32 / fp32, sockets only")
 RPC, GLOO = "torch RPC server", "gloo all-reduce"
 DEAD_COORDINATOR = "tcp://127.0.0.1:9"  # nobody answers there: the order is handed over directly
 
@@ -163,7 +164,9 @@ def run(sizes: Sequence[int], rounds: int, seconds: float) -> None:
             memory = 0.0
             for _ in range(rounds):
                 for name in OURS:
-                    push, pull = name.split(" / ")
+                    push, pull = name.partition(",")[0].split(" / ")
+                    # The processes are started anew for each launch, and take this from us.
+                    os.environ["PARAMSERVER_SHARED_MEMORY"] = "off" if name.endswith("sockets only") else "on"
                     result = ours(elements, count, count, seconds, push, pull)
                     rates[name].append(result["cycles_per_second"])
                     if name == OURS[0]:
