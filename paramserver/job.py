@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from paramserver.encoding import EncodingError, encoding_names, make_encoding
+from paramserver.encoding import EncodingError, EncodingOptions, encoding_names, make_encoding
 
 FAMILIES_GROUP = "paramserver.families"
 MAX_FILE_BYTES = 2**20  # as over HTTP; also the end of what has none, such as a device
@@ -85,7 +85,7 @@ class PushSettings(_Section):
     @model_validator(mode="after")
     def _known(self) -> Self:
         try:
-            make_encoding(self.encoding, self.tile)
+            make_encoding(self.encoding, EncodingOptions(tile=self.tile))
         except EncodingError as error:
             raise ValueError(str(error)) from None
         return self

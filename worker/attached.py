@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from models.task import Parameter
-from paramserver.encoding import make_encoding
+from paramserver.encoding import EncodingOptions, make_encoding
 from paramserver.protocol.messages import ShardAddress
 from paramserver.protocol.transport import Transport
 from worker.client import Identity
@@ -129,7 +129,7 @@ def attach(
         ),
         term,
         replica,
-        Codec(make_encoding(encoding, tile), deadline_seconds),
+        Codec(make_encoding(encoding, EncodingOptions(tile=tile)), deadline_seconds),
         counters,
     )
     return Attached(replica, exchange, counters, owned)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from math import inf
 
 from models.task import Task
-from paramserver.encoding import make_encoding
+from paramserver.encoding import EncodingOptions, make_encoding
 from paramserver.job import Job
 from paramserver.process import StopRequest, log
 from paramserver.protocol.messages import Lease, LeaseDone
@@ -255,7 +255,7 @@ class JobWork:
             Identity(order.job, self._name, self._state.incarnation, layout.fingerprint),
             order.term,
             self._replica,
-            Codec(make_encoding(push.encoding, push.tile), push.deadline_seconds),
+            Codec(make_encoding(push.encoding, EncodingOptions(tile=push.tile)), push.deadline_seconds),
             self._state.counters,
             self._guard,
             is_resumed=self._is_resumed,

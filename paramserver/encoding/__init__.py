@@ -5,10 +5,20 @@ from paramserver.encoding.base import (
     DEFAULT_TILE,
     Encoding,
     EncodingError,
+    EncodingOptions,
     encoding_names,
     make_encoding,
     parse_encoding,
 )
 from paramserver.encoding.member import warm_up
 
-__all__ = ["DEFAULT_TILE", "Encoding", "EncodingError", "encoding_names", "make_encoding", "parse_encoding", "warm_up"]
+__all__ = [
+    "DEFAULT_TILE",
+    "Encoding",
+    "EncodingError",
+    "EncodingOptions",
+    "encoding_names",
+    "make_encoding",
+    "parse_encoding",
+    "warm_up",
+]

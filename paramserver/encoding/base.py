@@ -3,14 +3,15 @@
 An encoding turns n float32 values into one frame of bytes and back. It is stateless: the residual
 (what rounding lost, error feedback) is kept by whoever encodes and handed in. One file a member.
 
-Wire size, in bytes, is `frame_bytes(n)`; a frame is [float32 scales, one a tile] + [codes].
+docs/encodings.md has every frame's layout and rounding.
 """
 
 from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,15 +32,27 @@ class EncodingError(ValueError):
         self.code: RefusalCode = code
 
 
+@dataclass(frozen=True, slots=True)
+class EncodingOptions:
+    """What an encoder may be told. Only the tile travels, in the identifier: a decoder needs nothing else."""
+
+    tile: int = DEFAULT_TILE  # elements that share a scale: a power of two from 8 to 65536
+    density: float = 0.01  # topk: share of the elements that is kept
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+
+
 class Encoding(ABC):
-    """One member of the family at one tile size. Thread-safe: it holds no state."""
+    """One member of the family with its options. Thread-safe: it holds no state."""
 
     name: ClassVar[str]
     kind: ClassVar[int]  # what the compiled kernels switch on
     lossless: ClassVar[bool]
+    bits: ClassVar[float]  # of a code, scales not counted; what tells an encoding of 2 bits and less
+    has_stochastic_rounding: ClassVar[bool] = False
 
-    def __init__(self, tile: int = DEFAULT_TILE) -> None:
-        self.tile = tile
+    def __init__(self, options: EncodingOptions) -> None:
+        self.options = options
+        self.tile = options.tile
 
     @property
     def identifier(self) -> str:
@@ -48,19 +61,24 @@ class Encoding(ABC):
 
     @abstractmethod
     def frame_bytes(self, elements: int) -> int:
-        """Bytes of the frame for a block of so many elements."""
+        """The most bytes that a frame of so many elements takes; all of them, where frames have one size."""
 
     @abstractmethod
-    def encode(self, values: Float32, frame: Bytes, residual: Float32 | None = None) -> None:
-        """Encode `values` (n,) + `residual` (n,) into `frame` (frame_bytes(n),) in one pass.
+    def encode(self, values: Float32, frame: Bytes, residual: Float32 | None = None, seed: int = 0) -> int:
+        """Encode `values` (n,) + `residual` (n,) into `frame` (frame_bytes(n),) in one pass; the bytes it takes.
 
         `residual` is changed in place to what the frame does not hold: values + residual - decode(frame).
         `values` is not changed. All three are C-contiguous and may not overlap. Values must be finite.
+        `seed` is for stochastic rounding: another one each time, or the roundings repeat.
         """
 
     @abstractmethod
     def decode(self, frame: Bytes, out: Float32) -> None:
         """Decode a checked frame into `out` (n,)."""
+
+    @abstractmethod
+    def decode_add(self, frame: Bytes, out: Float32) -> None:
+        """out (n,) += the values of a checked frame, in one pass: how a delta reaches a replica."""
 
     @abstractmethod
     def check(self, frame: Bytes, elements: int) -> None:
@@ -80,26 +98,34 @@ def encoding_names() -> list[str]:
     return sorted(_FAMILY)
 
 
-def make_encoding(name: str, tile: int = DEFAULT_TILE) -> Encoding:
-    """The encoding of that name and tile. Raises EncodingError naming the nearest known one."""
-    member = _FAMILY.get(name)
+def make_encoding(name: str, options: EncodingOptions | None = None) -> Encoding:
+    """The encoding of that name and options. Raises EncodingError naming the nearest known one, or the bad option."""
+    member, options = _FAMILY.get(name), options or EncodingOptions()
     if member is None:
         near = difflib.get_close_matches(name, _FAMILY, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise EncodingError(
             "unknown-encoding", f"unknown encoding {name!r}{hint} (known: {', '.join(encoding_names())})"
         )
+    tile = options.tile
     if not (8 <= tile <= 2**16 and tile & (tile - 1) == 0):
         raise EncodingError("unknown-encoding", f"tile {tile} is not a power of two from 8 to 65536")
-    return member(tile)
+    if not 0 < options.density <= 1:
+        raise EncodingError("unknown-encoding", f"density {options.density} is not in (0, 1]")
+    if options.rounding == "stochastic" and not member.has_stochastic_rounding:
+        able = ", ".join(sorted(name for name, one in _FAMILY.items() if one.has_stochastic_rounding)) or "none"
+        raise EncodingError(
+            "unknown-encoding", f"{name} has no stochastic rounding (those that have: {able}); use rounding nearest"
+        )
+    return member(options)
 
 
 def parse_encoding(identifier: str) -> Encoding:
-    """The encoding that an identifier such as "int8/64" names. Raises EncodingError."""
+    """The encoding that an identifier such as "int8/64" names, to decode with. Raises EncodingError."""
     name, slash, tile = identifier.partition("/")
     if slash and not tile.isdecimal():
         raise EncodingError("unknown-encoding", f"{identifier!r} is no encoding identifier, such as 'int8/64'")
-    encoding = make_encoding(name, int(tile) if slash else DEFAULT_TILE)
+    encoding = make_encoding(name, EncodingOptions(tile=int(tile)) if slash else None)
     if encoding.identifier != identifier:
         raise EncodingError("unknown-encoding", f"{identifier!r} should be written {encoding.identifier!r}")
     return encoding

@@ -19,6 +19,7 @@ class Bf16(CompiledEncoding):
     name: ClassVar[str] = "bf16"
     kind: ClassVar[int] = 1
     lossless: ClassVar[bool] = False
+    bits: ClassVar[float] = 16
 
     def frame_bytes(self, elements: int) -> int:
         return 2 * elements

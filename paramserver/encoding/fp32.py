@@ -17,6 +17,7 @@ class Fp32(CompiledEncoding):
     name: ClassVar[str] = "fp32"
     kind: ClassVar[int] = 0
     lossless: ClassVar[bool] = True
+    bits: ClassVar[float] = 32
 
     def frame_bytes(self, elements: int) -> int:
         return 4 * elements

@@ -21,6 +21,7 @@ class Int8(CompiledEncoding):
     name: ClassVar[str] = "int8"
     kind: ClassVar[int] = 2
     lossless: ClassVar[bool] = False
+    bits: ClassVar[float] = 8
 
     @property
     def identifier(self) -> str:

@@ -132,6 +132,17 @@ def decode(kind, tile, frame, out):
     decode_run(kind, tile, frame, out.size, 0, out.size, out)
 
 
+@kernel
+def decode_add(kind, tile, frame, out):
+    """out += the values of a whole checked frame."""
+    run = np.empty(RUN, np.float32)
+    for start in range(0, out.size, RUN):
+        stop = min(start + RUN, out.size)
+        decode_run(kind, tile, frame, out.size, start, stop, run)
+        for i in range(stop - start):
+            out[np.uintp(start + i)] += run[np.uintp(i)]
+
+
 # ------------------------------------------------------------------------------------ encoding
 
 

@@ -16,7 +16,7 @@ from paramserver.encoding.frames import expect_float32, input_values, output_fra
 class CompiledEncoding(Encoding):
     """A member whose work is done by paramserver.encoding.kernels. They release the GIL."""
 
-    def encode(self, values: Float32, frame: Bytes, residual: Float32 | None = None) -> None:
+    def encode(self, values: Float32, frame: Bytes, residual: Float32 | None = None, seed: int = 0) -> int:
         values = input_values(values)
         output_frame(frame, self.frame_bytes(values.size))
         if residual is None:
@@ -24,6 +24,7 @@ class CompiledEncoding(Encoding):
         else:
             expect_float32(residual, "residual", values.size)
             self._encode(values, frame, residual)
+        return frame.size
 
     @abstractmethod
     def _encode(self, values: Float32, frame: Bytes, residual: Float32) -> None:
@@ -39,6 +40,13 @@ class CompiledEncoding(Encoding):
         expect_float32(out, "out")
         checked = sized(frame, self.frame_bytes(out.size), self._takes(out.size))
         kernels.decode(self.kind, self.tile, checked, out)
+
+    def decode_add(self, frame: Bytes, out: Float32) -> None:
+        from paramserver.encoding import kernels
+
+        expect_float32(out, "out")
+        checked = sized(frame, self.frame_bytes(out.size), self._takes(out.size))
+        kernels.decode_add(self.kind, self.tile, checked, out)
 
     def check(self, frame: Bytes, elements: int) -> None:
         checked = sized(frame, self.frame_bytes(elements), self._takes(elements))
@@ -61,3 +69,4 @@ def warm_up(encoding: Encoding) -> None:
     encoding.encode(values, frame, residual)
     encoding.check(readable(frame), 3)
     encoding.decode(frame, out)
+    encoding.decode_add(frame, out)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from paramserver.encoding import Encoding, EncodingError, make_encoding
+from paramserver.encoding import Encoding, EncodingError, EncodingOptions, make_encoding
 from paramserver.encoding.base import Bytes
 from paramserver.job import Job
 from paramserver.protocol.buffers import BufferPool
@@ -77,7 +77,7 @@ class Refused(Exception):  # noqa: N818  (a verdict on the peer's message, not a
 
 def prepare(job: Job) -> None:
     """Compile, or load, all that serving this job calls. Takes seconds the first time; safe in another thread."""
-    push = make_encoding(job.push.encoding, job.push.tile)
+    push = make_encoding(job.push.encoding, EncodingOptions(tile=job.push.tile))
     # A flushed residual comes at full precision, whatever the job's encoding.
     warm_up(make_optimizer(job.optimizer), {make_encoding("fp32"), push, make_encoding(job.pull.encoding)})
 
@@ -94,7 +94,7 @@ class Serving:
         self.policy = make_policy(self.job, self._apply)
         self.damping = DAMPING[self.job.consistency.damping]
         # A flushed residual comes at full precision, whatever the job's encoding.
-        push = make_encoding(self.job.push.encoding, self.job.push.tile)
+        push = make_encoding(self.job.push.encoding, EncodingOptions(tile=self.job.push.tile))
         self.push_encodings: dict[str, Encoding] = {"fp32": make_encoding("fp32"), push.identifier: push}
         self.pull_encoding = make_encoding(self.job.pull.encoding)
         warm_up(self.optimizer, {*self.push_encodings.values(), self.pull_encoding})

@@ -112,7 +112,7 @@ def test_no_usable_folder_is_said_once_and_kernels_still_compile() -> None:
 
 def test_reading_a_job_imports_no_compiler() -> None:
     script = (
-        "import sys, paramserver.job; from paramserver.encoding import make_encoding; make_encoding('int8', 64); "
+        "import sys, paramserver.job; from paramserver.encoding import make_encoding; make_encoding('int8'); "
         "print('numba' in sys.modules)"
     )
     assert "False" in run_fresh(script)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paramserver.encoding import Encoding, EncodingError, encoding_names, make_encoding, parse_encoding
+from paramserver.encoding import Encoding, EncodingError, EncodingOptions, encoding_names, make_encoding, parse_encoding
 from paramserver.encoding.base import Bytes, Float32
 
 IDENTIFIERS = ["fp32", "bf16", "int8/8", "int8/64", "int8/2048", "int8/65536"]
@@ -56,7 +56,7 @@ def test_family_holds_the_three_members() -> None:
 def test_frame_size_is_scales_and_codes(elements: int) -> None:
     assert make_encoding("fp32").frame_bytes(elements) == 4 * elements
     assert make_encoding("bf16").frame_bytes(elements) == 2 * elements
-    assert make_encoding("int8", 64).frame_bytes(elements) == elements + 4 * ((elements + 63) // 64)
+    assert make_encoding("int8").frame_bytes(elements) == elements + 4 * ((elements + 63) // 64)
 
 
 @pytest.mark.parametrize("elements", SIZES)
@@ -143,7 +143,7 @@ def test_bf16_agrees_with_torch() -> None:
 @pytest.mark.parametrize("tile", [8, 64, 2048])
 def test_int8_follows_its_written_definition(tile: int) -> None:
     values = normal(5000) * np.float32(37)
-    frame = encoded(make_encoding("int8", tile), values)
+    frame = encoded(make_encoding("int8", EncodingOptions(tile=tile)), values)
     tiles = -(-values.size // tile)
     padded = np.zeros(tiles * tile, np.float32)
     padded[: values.size] = values
@@ -160,21 +160,21 @@ def test_int8_follows_its_written_definition(tile: int) -> None:
 def test_int8_scales_have_12_mantissa_bits_and_codes_stay_within_127(content: list[float]) -> None:
     values = np.array(content, np.float32)
     tiles = -(-values.size // 64)
-    frame = encoded(make_encoding("int8", 64), values)
+    frame = encoded(make_encoding("int8"), values)
     assert not (frame[: 4 * tiles].view(np.uint32) & 0xFFF).any()
     assert frame[4 * tiles :].view(np.int8).min() >= -127
 
 
 def test_int8_error_is_at_most_half_a_scale() -> None:
     values, residual = normal(64 * 100), np.zeros(6400, np.float32)
-    frame = encoded(make_encoding("int8", 64), values, residual)
+    frame = encoded(make_encoding("int8"), values, residual)
     scales = frame[:400].view(np.float32)
     assert (np.abs(residual).reshape(100, 64) <= scales[:, None] * np.float32(0.50001)).all()
 
 
 def test_int8_tile_of_zeros_has_scale_and_codes_zero() -> None:
     values = np.concatenate([np.zeros(64, np.float32), normal(64)])
-    frame = encoded(make_encoding("int8", 64), values)
+    frame = encoded(make_encoding("int8"), values)
     assert not frame[:4].any()
     assert frame[4:8].any()
     assert not frame[8:72].any()
@@ -221,7 +221,7 @@ def test_values_that_are_not_finite_give_a_frame_that_is_refused(encoding: Encod
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf, 3e38, -3e36])
 def test_int8_scale_whose_product_could_overflow_is_refused(scale: float) -> None:
-    encoding = make_encoding("int8", 64)
+    encoding = make_encoding("int8")
     frame = encoded(encoding, normal(200))
     frame[12:16] = np.frombuffer(np.float32(scale).tobytes(), np.uint8)
     with pytest.raises(EncodingError) as refusal:
@@ -258,6 +258,6 @@ def test_unknown_names_and_tiles_say_what_is_allowed() -> None:
     with pytest.raises(EncodingError, match="did you mean 'int8'"):
         make_encoding("int9")
     with pytest.raises(EncodingError, match="power of two"):
-        make_encoding("int8", 48)
+        make_encoding("int8", EncodingOptions(tile=48))
     with pytest.raises(EncodingError, match="written 'fp32'"):
         parse_encoding("fp32/64")
