@@ -37,6 +37,7 @@ RefusalCode = Literal[
     "unknown-encoding",  # an encoding that this job does not use
     "wrong-size",  # a frame that does not fit the block under its encoding
     "not-finite",  # a value or scale that is NaN or infinite
+    "corrupt-frame",  # of the right size, but no encoder writes such codes
     "out-of-order",  # a gap in the per-block sequence; `expected` says which one is next
     "old-incarnation",  # a predecessor of the worker that now carries this name
     "unknown-edition",  # computed on an edition that was never published
