@@ -1,6 +1,16 @@
 """Low-resolution encodings: one file a member, one interface, compiled kernels."""
 
-from paramserver.encoding import bf16, fp32, int8  # noqa: F401 - each registers itself in the family
+from paramserver.encoding import (  # noqa: F401 - each registers itself in the family
+    bf16,
+    fp4,
+    fp32,
+    int2,
+    int4,
+    int8,
+    sign,
+    ternary,
+    topk,
+)
 from paramserver.encoding.base import (
     DEFAULT_TILE,
     Encoding,

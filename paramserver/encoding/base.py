@@ -25,7 +25,8 @@ DEFAULT_TILE = 64
 
 
 class EncodingError(ValueError):
-    """A frame that is no encoding of the block. `code` is the refusal's name: "wrong-size" or "not-finite"."""
+    """A frame that is no encoding of the block. `code` is the refusal's name: "wrong-size", "not-finite" or
+    "corrupt-frame"; a name or option that is none gives "unknown-encoding"."""
 
     def __init__(self, code: RefusalCode, detail: str) -> None:
         super().__init__(detail)
@@ -70,6 +71,13 @@ class Encoding(ABC):
         `residual` is changed in place to what the frame does not hold: values + residual - decode(frame).
         `values` is not changed. All three are C-contiguous and may not overlap. Values must be finite.
         `seed` is for stochastic rounding: another one each time, or the roundings repeat.
+        """
+
+    @abstractmethod
+    def sized(self, frame: Bytes, elements: int) -> Bytes:
+        """A read-only view of a frame that has the size it must have, which is all that keeps a decoder in its bounds.
+
+        Raises EncodingError("wrong-size") for another size, TypeError for what is no flat array of bytes.
         """
 
     @abstractmethod

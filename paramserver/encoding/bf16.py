@@ -24,17 +24,16 @@ class Bf16(CompiledEncoding):
     def frame_bytes(self, elements: int) -> int:
         return 2 * elements
 
-    def _encode(self, values: Float32, frame: Bytes, residual: Float32) -> None:
+    def _encode(self, values: Float32, frame: Bytes, residual: Float32 | None, seed: int) -> None:
         from paramserver.encoding import kernels
 
-        kernels.encode_bf16(values, residual, frame)
+        if residual is None:
+            kernels.encode_bf16_plain(values, frame)
+        else:
+            kernels.encode_bf16(values, residual, frame)
 
-    def _encode_plain(self, values: Float32, frame: Bytes) -> None:
+    def _check(self, frame: Bytes, elements: int) -> None:
         from paramserver.encoding import kernels
 
-        kernels.encode_bf16_plain(values, frame)
-
-    def _is_finite(self, frame: Bytes, elements: int) -> bool:
-        from paramserver.encoding import kernels
-
-        return bool(kernels.largest_bits16(frame, elements) < 0x7F80)
+        if kernels.largest_bits16(frame, elements) >= 0x7F80:
+            raise self._not_finite()

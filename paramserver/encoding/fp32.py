@@ -22,15 +22,16 @@ class Fp32(CompiledEncoding):
     def frame_bytes(self, elements: int) -> int:
         return 4 * elements
 
-    def _encode(self, values: Float32, frame: Bytes, residual: Float32) -> None:
+    def _encode(self, values: Float32, frame: Bytes, residual: Float32 | None, seed: int) -> None:
         from paramserver.encoding import kernels
 
-        kernels.encode_fp32(values, residual, frame)
+        if residual is None:
+            frame[:] = values.view(np.uint8)
+        else:
+            kernels.encode_fp32(values, residual, frame)
 
-    def _encode_plain(self, values: Float32, frame: Bytes) -> None:
-        frame[:] = values.view(np.uint8)
-
-    def _is_finite(self, frame: Bytes, elements: int) -> bool:
+    def _check(self, frame: Bytes, elements: int) -> None:
         from paramserver.encoding import kernels
 
-        return bool(kernels.largest_bits32(frame, elements) < 0x7F800000)
+        if kernels.largest_bits32(frame, elements) >= 0x7F800000:
+            raise self._not_finite()

@@ -10,6 +10,8 @@ import numpy as np
 
 from paramserver.encoding.base import Bytes, EncodingError, Float32
 
+RUN = 2048  # elements whose codes are packed together; encoding/memory/kernels.py has the same
+
 
 def readable(frame: Bytes) -> Bytes:
     """A read-only view: kernels are compiled for read-only frames alone, so that there is one variant of each."""

@@ -1,4 +1,4 @@
-"""What fp32, bf16 and int8 share: the checks of their arrays, and one compiled decoder that switches on `kind`.
+"""What the compiled members share: the checks of their arrays, and one decoder that switches on `kind`.
 
 The kernels, and with them numba, are imported with the first frame: a command that only reads a job starts fast.
 """
@@ -6,59 +6,90 @@ The kernels, and with them numba, are imported with the first frame: a command t
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import numpy as np
 
+from paramserver.encoding import frames
 from paramserver.encoding.base import Bytes, Encoding, EncodingError, Float32
-from paramserver.encoding.frames import expect_float32, input_values, output_frame, readable, sized
+
+_NO_RESIDUAL = np.empty(0, np.float32)
 
 
 class CompiledEncoding(Encoding):
-    """A member whose work is done by paramserver.encoding.kernels. They release the GIL."""
+    """A member whose work is done by compiled kernels. They release the GIL."""
 
     def encode(self, values: Float32, frame: Bytes, residual: Float32 | None = None, seed: int = 0) -> int:
-        values = input_values(values)
-        output_frame(frame, self.frame_bytes(values.size))
-        if residual is None:
-            self._encode_plain(values, frame)
-        else:
-            expect_float32(residual, "residual", values.size)
-            self._encode(values, frame, residual)
+        values = frames.input_values(values)
+        frames.output_frame(frame, self.frame_bytes(values.size))
+        if residual is not None:
+            frames.expect_float32(residual, "residual", values.size)
+        self._encode(values, frame, residual, seed)
         return frame.size
 
     @abstractmethod
-    def _encode(self, values: Float32, frame: Bytes, residual: Float32) -> None:
+    def _encode(self, values: Float32, frame: Bytes, residual: Float32 | None, seed: int) -> None:
         """`encode` of arrays that were checked; values are read-only."""
 
-    def _encode_plain(self, values: Float32, frame: Bytes) -> None:
-        """The same without a residual."""
-        self._encode(values, frame, np.zeros(values.size, np.float32))
+    def sized(self, frame: Bytes, elements: int) -> Bytes:
+        return frames.sized(frame, self.frame_bytes(elements), f"a block of {elements} elements in {self.identifier}")
 
     def decode(self, frame: Bytes, out: Float32) -> None:
         from paramserver.encoding import kernels
 
-        expect_float32(out, "out")
-        checked = sized(frame, self.frame_bytes(out.size), self._takes(out.size))
-        kernels.decode(self.kind, self.tile, checked, out)
+        frames.expect_float32(out, "out")
+        kernels.decode(self.kind, self.tile, self.sized(frame, out.size), out)
 
     def decode_add(self, frame: Bytes, out: Float32) -> None:
         from paramserver.encoding import kernels
 
-        expect_float32(out, "out")
-        checked = sized(frame, self.frame_bytes(out.size), self._takes(out.size))
-        kernels.decode_add(self.kind, self.tile, checked, out)
+        frames.expect_float32(out, "out")
+        kernels.decode_add(self.kind, self.tile, self.sized(frame, out.size), out)
 
     def check(self, frame: Bytes, elements: int) -> None:
-        checked = sized(frame, self.frame_bytes(elements), self._takes(elements))
-        if not self._is_finite(checked, elements):
-            raise EncodingError("not-finite", f"a frame of {self.identifier} that holds NaN, infinity or an overflow")
+        self._check(self.sized(frame, elements), elements)
 
     @abstractmethod
-    def _is_finite(self, frame: Bytes, elements: int) -> bool:
-        """Whether every value of the frame, which has the right size, decodes to a finite float32."""
+    def _check(self, frame: Bytes, elements: int) -> None:
+        """`check` of a frame that has the right size."""
 
-    def _takes(self, elements: int) -> str:
-        return f"a block of {elements} elements in {self.identifier}"
+    def _not_finite(self) -> EncodingError:
+        return EncodingError("not-finite", f"a frame of {self.identifier} that holds NaN, infinity or an overflow")
+
+
+class TiledEncoding(CompiledEncoding):
+    """A member with a scale for each tile and a code for each element: encoding/tiled has its kernels.
+
+    Those are called encode_NAME, and encode_NAME_stochastic where there is stochastic rounding.
+    """
+
+    places: ClassVar[int]  # codes a byte
+    has_signed_scales: ClassVar[bool] = False
+
+    @property
+    def identifier(self) -> str:
+        return f"{self.name}/{self.tile}"
+
+    def frame_bytes(self, elements: int) -> int:
+        runs, rest = divmod(elements, frames.RUN)
+        codes = runs * -(-frames.RUN // self.places) + -(-rest // self.places)
+        return 2 * self._tiles(elements) + codes
+
+    def _tiles(self, elements: int) -> int:
+        return -(-elements // self.tile)
+
+    def _encode(self, values: Float32, frame: Bytes, residual: Float32 | None, seed: int) -> None:
+        from paramserver.encoding.tiled import kernels
+
+        suffix = "_stochastic" if self.options.rounding == "stochastic" else ""
+        kernel = getattr(kernels, f"encode_{self.name}{suffix}")
+        kernel(self.tile, values, _NO_RESIDUAL if residual is None else residual, frame, seed % 2**63)
+
+    def _check(self, frame: Bytes, elements: int) -> None:
+        from paramserver.encoding.scales import kernels
+
+        if not kernels.are_scales(frame, 0, self._tiles(elements), self.has_signed_scales):
+            raise self._not_finite()
 
 
 def warm_up(encoding: Encoding) -> None:
@@ -67,6 +98,6 @@ def warm_up(encoding: Encoding) -> None:
     frame = np.empty(encoding.frame_bytes(3), np.uint8)
     encoding.encode(values, frame)
     encoding.encode(values, frame, residual)
-    encoding.check(readable(frame), 3)
+    encoding.check(frames.readable(frame), 3)
     encoding.decode(frame, out)
     encoding.decode_add(frame, out)

@@ -13,49 +13,67 @@ from __future__ import annotations
 import numpy as np
 
 from paramserver.encoding.compiled import inlined, kernel
-from paramserver.encoding.kernels import BF16, FP32, INT8, WIDTH, load, reinterpret
+from paramserver.encoding.kernels import bf16_at
+from paramserver.encoding.memory.kernels import BF16, FP32, RUN, SPARE, TOPK, WIDTH, load
+from paramserver.encoding.packing.kernels import unit_of, unpack_run
+from paramserver.encoding.sparse.kernels import kept_elements, topk_run
 
 
 @inlined
-def _gradient_at(kind, frame, codes, i, scale):
-    """Element i of the part whose codes begin at byte `codes`; `scale` is read for int8 only."""
-    if kind == INT8:
-        return np.float32(load(frame, codes + i, np.int8)) * scale
-    if kind == BF16:
-        bits = np.uint32(load(frame, codes + 2 * i, np.uint16)) << np.uint32(16)
-        return reinterpret(np.uint32(bits), np.float32)
-    return load(frame, codes + 4 * i, np.float32)
-
-
-@inlined
-def _part(step, kind, frame, codes, scale, start, count, weights, state, factors):
-    """Apply elements [start, start + count). With `kind` and `count` constant the loop vectorises without a rest."""
+def _codes(step, codes, first, count, scale, start, weights, state, factors):
+    """Apply elements [start, start + count), one tile's. With `count` constant the loop vectorises without a rest."""
     for i in range(count):
         # An unsigned index spares the test for a negative one.
-        step(_gradient_at(kind, frame, codes, i, scale), np.uintp(start + i), weights, state, factors)
+        gradient = np.float32(codes[np.uintp(first + i)]) * scale
+        step(gradient, np.uintp(start + i), weights, state, factors)
+
+
+@inlined
+def _sweep_codes(step, kind, tile, frame, weights, state, factors):
+    """A frame with a code for every element: a run is unpacked in the cache, then stepped tile by tile."""
+    elements = weights.size
+    codes = np.empty(RUN + SPARE, np.int8)
+    codes_at = 2 * ((elements + tile - 1) // tile)
+    unit = unit_of(kind)
+    for start in range(0, elements, RUN):
+        count = min(RUN, elements - start)
+        unpack_run(kind, frame, codes_at, start, count, codes)
+        first = 0
+        while first < count:
+            scale = bf16_at(frame, 2 * ((start + first) // tile)) * unit
+            members = min(tile, count - first)
+            if members == WIDTH:
+                _codes(step, codes, first, WIDTH, scale, start + first, weights, state, factors)
+            else:
+                _codes(step, codes, first, members, scale, start + first, weights, state, factors)
+            first += members
+
+
+@inlined
+def _sweep_runs(step, kind, tile, frame, weights, state, factors):
+    """Any other frame: a run is decoded in the cache, then stepped."""
+    elements = weights.size
+    run, kept, first = np.empty(RUN, np.float32), kept_elements(frame, elements), 0
+    for start in range(0, elements, RUN):
+        count = min(RUN, elements - start)
+        first = topk_run(tile, frame, elements, kept, start, count, first, run)
+        for i in range(np.uintp(count)):
+            step(run[i], np.uintp(start) + i, weights, state, factors)
 
 
 @inlined
 def _sweep(step, kind, tile, frame, weights, state, factors):
     """Apply a whole frame: step(gradient, index, weights, state, factors) for each element, in order."""
-    elements = weights.size
-    unscaled = np.float32(1)
     if kind == FP32:
-        _part(step, FP32, frame, 0, unscaled, 0, elements, weights, state, factors)
+        for i in range(np.uintp(weights.size)):
+            step(load(frame, 4 * i, np.float32), i, weights, state, factors)
     elif kind == BF16:
-        _part(step, BF16, frame, 0, unscaled, 0, elements, weights, state, factors)
+        for i in range(np.uintp(weights.size)):
+            step(bf16_at(frame, 2 * i), i, weights, state, factors)
+    elif kind == TOPK:
+        _sweep_runs(step, kind, tile, frame, weights, state, factors)
     else:
-        tiles = (elements + tile - 1) // tile
-        usual = elements // WIDTH if tile == WIDTH else 0
-        for index in range(usual):
-            start = index * WIDTH
-            scale = load(frame, 4 * index, np.float32)
-            _part(step, INT8, frame, 4 * tiles + start, scale, start, WIDTH, weights, state, factors)
-        for index in range(usual, tiles):
-            start = index * tile
-            scale = load(frame, 4 * index, np.float32)
-            count = min(tile, elements - start)
-            _part(step, INT8, frame, 4 * tiles + start, scale, start, count, weights, state, factors)
+        _sweep_codes(step, kind, tile, frame, weights, state, factors)
 
 
 # --------------------------------------------------------------------- one element, g: gradient

@@ -16,7 +16,7 @@ import numpy as np
 from paramserver.encoding import Encoding
 from paramserver.encoding import warm_up as warm_up_encoding
 from paramserver.encoding.base import Bytes, Float32
-from paramserver.encoding.frames import expect_float32, sized
+from paramserver.encoding.frames import expect_float32
 from paramserver.job import OptimizerSettings
 from paramserver.shard import kernels
 
@@ -56,7 +56,7 @@ class Optimizer(ABC):
             raise ValueError(f"{type(self).__name__} keeps {self.slots} arrays of state, was given {len(state)}")
         for array in state:
             expect_float32(array, "optimiser state", weights.size)
-        frame = _checked(encoding, frame, weights.size)
+        frame = encoding.sized(frame, weights.size)
         factors = tuple(map(np.float32, self._factors(updates_before, lr_factor)))
         self._kernel(encoding.kind, encoding.tile, frame, weights, state, factors)
 
@@ -144,17 +144,14 @@ def make_optimizer(settings: OptimizerSettings) -> Optimizer:
 def decode_add(encoding: Encoding, frame: Bytes, out: Float32) -> None:
     """out (n,) += the values of a checked frame, in one pass."""
     expect_float32(out, "out")
-    kernels.decode_add(encoding.kind, encoding.tile, _checked(encoding, frame, out.size), out)
+    kernels.decode_add(encoding.kind, encoding.tile, encoding.sized(frame, out.size), out)
 
 
 def warm_up(optimizer: Optimizer, encodings: Iterable[Encoding]) -> None:
     """Compile, or load from the disk cache, all that the hot path calls, so that the first push pays nothing."""
     for encoding in encodings:
         warm_up_encoding(encoding)
-        weights, frame = np.zeros(3, np.float32), np.zeros(encoding.frame_bytes(3), np.uint8)
+        weights, frame = np.zeros(3, np.float32), np.empty(encoding.frame_bytes(3), np.uint8)
+        encoding.encode(weights, frame)
         optimizer.apply(weights, optimizer.state(3), 0, encoding, frame)
         decode_add(encoding, frame, weights)
-
-
-def _checked(encoding: Encoding, frame: Bytes, elements: int) -> Bytes:
-    return sized(frame, encoding.frame_bytes(elements), f"a block of {elements} elements in {encoding.identifier}")

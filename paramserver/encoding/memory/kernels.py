@@ -1,0 +1,111 @@
+"""What kernels are made of: machine instructions that numba has no word for, and the numbers that all of them share.
+
+Frames are byte buffers of any alignment, read and written through `load` and `store`; arrays are float32
+and C-contiguous. Sizes are the callers' duty: nothing here checks a bound.
+"""
+
+# mypy: disable-error-code=no-untyped-def
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from paramserver.encoding.compiled import primitive
+
+if sys.byteorder != "little":
+    raise ImportError("paramserver's kernels need a little-endian machine: the wire format is little-endian")
+
+# Encoding.kind
+FP32, BF16, INT8, INT4, FP4, INT2, TERNARY, SIGN, TOPK = range(9)
+
+RUN = 2048  # elements that are packed together, and worked on while the first cache holds them
+SPARE = 64  # what a buffer for a run has beyond it: packed codes may end some places later
+WIDTH = 64  # the usual tile; as a constant it spares each tile the loop's remainder
+
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+INFINITY = np.uint32(0x7F800000)  # magnitudes from here on are infinite or NaN
+
+
+@primitive
+def load(typingctx, array, position, kind):
+    """The value of numpy type `kind` at byte `position` of a contiguous uint8 array, of any alignment."""
+    if not (isinstance(array, types.Array) and array.layout == "C" and array.dtype == types.uint8):
+        return None
+    value = kind.instance_type
+
+    def build(context, builder, signature, arguments):
+        buffer = context.make_array(signature.args[0])(context, builder, arguments[0])
+        address = builder.gep(buffer.data, [arguments[1]])
+        found = builder.load(builder.bitcast(address, context.get_value_type(value).as_pointer()))
+        found.align = 1
+        return found
+
+    return value(array, types.intp, kind), build
+
+
+@primitive
+def store(typingctx, array, position, value):
+    """Write `value` at byte `position` of a contiguous, writable uint8 array, at any alignment."""
+    if not (isinstance(array, types.Array) and array.layout == "C" and array.mutable and array.dtype == types.uint8):
+        return None
+
+    def build(context, builder, signature, arguments):
+        buffer = context.make_array(signature.args[0])(context, builder, arguments[0])
+        address = builder.gep(buffer.data, [arguments[1]])
+        written = builder.store(arguments[2], builder.bitcast(address, arguments[2].type.as_pointer()))
+        written.align = 1
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, value), build
+
+
+@primitive
+def reinterpret(typingctx, value, kind):
+    """The bits of a 32-bit number as those of the 32-bit numpy type `kind`."""
+    target = kind.instance_type
+    if getattr(value, "bitwidth", 0) != 32 or target.bitwidth != 32:
+        return None
+
+    def build(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(target))
+
+    return target(value, kind), build
+
+
+@primitive
+def sum_of_lanes(typingctx, array, position, above):
+    """The sum of the 64 magnitudes > `above` from array[position] on: halves are added until one lane is left.
+
+    A loop says the same, but the compiler turns it into single additions: here vectors are added.
+    """
+    if not (isinstance(array, types.Array) and array.layout == "C" and array.dtype == types.float32):
+        return None
+
+    def build(context, builder, signature, arguments):
+        buffer = context.make_array(signature.args[0])(context, builder, arguments[0])
+        address = builder.gep(buffer.data, [arguments[1]])
+        width = WIDTH
+        lanes = builder.load(builder.bitcast(address, ir.VectorType(ir.FloatType(), width).as_pointer()))
+        lanes.align = 4
+        integers = ir.VectorType(ir.IntType(32), width)
+        mask = ir.Constant(integers, [int(MAGNITUDE)] * width)
+        lanes = builder.bitcast(builder.and_(builder.bitcast(lanes, integers), mask), lanes.type)
+        one = builder.insert_element(ir.Constant(lanes.type, ir.Undefined), arguments[2], ir.IntType(32)(0))
+        limit = builder.shuffle_vector(one, one, ir.Constant(integers, [0] * width))
+        lanes = builder.select(builder.fcmp_ordered(">", lanes, limit), lanes, ir.Constant(lanes.type, [0.0] * width))
+        while width > 1:
+            width //= 2
+            halves = [
+                builder.shuffle_vector(
+                    lanes, lanes, ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(first, first + width)))
+                )
+                for first in (0, width)
+            ]
+            lanes = builder.fadd(*halves)
+        return builder.extract_element(lanes, ir.IntType(32)(0))
+
+    return types.float32(array, types.intp, types.float32), build

@@ -1,0 +1,1 @@
+"""Codes of a few bits, packed several a byte."""

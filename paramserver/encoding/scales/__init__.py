@@ -1,0 +1,1 @@
+"""The statistics of a tile and the scale that follows from them."""

@@ -1,0 +1,1 @@
+"""Encoding of all members that have a code for every element."""

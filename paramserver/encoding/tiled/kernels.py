@@ -1,0 +1,305 @@
+"""Encoding where every element has a code: one pass over memory, a run of 2,048 elements at a time in the cache.
+
+A member is a scale of a tile, a code of a value, the digit that is stored for a code, and how many digits a
+byte holds. Rounding loses nothing: a code times its scale is exact in float32 (at most 7 + 8 bits), and with
+rounding to nearest it is so near to the value that their difference is exact as well (Sterbenz).
+"""
+
+# mypy: disable-error-code=no-untyped-def
+
+from __future__ import annotations
+
+import numpy as np
+
+from paramserver.encoding.compiled import inlined, kernel
+from paramserver.encoding.memory.kernels import RUN, SPARE, WIDTH, reinterpret, store
+from paramserver.encoding.packing.kernels import pack
+from paramserver.encoding.scales.kernels import (
+    scale_2_signed,
+    scale_6,
+    scale_7,
+    scale_127,
+    scale_mean,
+    scale_mean_of_large,
+)
+
+# Adding 1.5 * 2**23 rounds a float32 to an integer, half to even; the low bits of the sum are the integer.
+_ROUND = np.float32(12582912.0)
+_ROUND_BITS = np.int32(0x4B400000)
+_HALF, _ONE, _TWO = np.float32(0.5), np.float32(1), np.float32(2)
+
+# --------------------------------------------------------------------- rounding a float32 to an int32
+
+
+@inlined
+def _nearest(scaled, counter, key):
+    return np.int32(reinterpret(np.float32(scaled + _ROUND), np.int32) - _ROUND_BITS)
+
+
+@inlined
+def _stochastic(scaled, counter, key):
+    """Up with the probability of the remainder: the same for the same counter and key.
+
+    16 random bits, so that adding them to an integer of up to 8 bits never rounds up to the next one.
+    """
+    # A bijection of 32 bits that mixes well: lowbias32 of C. Wellons' hash-prospector, with a key between.
+    mixed = np.uint32(np.uint32(counter) * np.uint32(0x9E3779B9) + np.uint32(key[0]))
+    mixed = np.uint32(np.uint32(mixed ^ np.uint32(mixed >> np.uint32(16))) * np.uint32(0x21F0AAAD))
+    mixed = np.uint32(mixed + np.uint32(key[1]))
+    mixed = np.uint32(np.uint32(mixed ^ np.uint32(mixed >> np.uint32(15))) * np.uint32(0x735A2D97))
+    mixed = np.uint32(mixed ^ np.uint32(mixed >> np.uint32(15)))
+    uniform = np.float32(np.int32(mixed >> np.uint32(16))) * np.float32(2.0**-16)
+    return np.int32(np.floor(np.float32(scaled + uniform)))
+
+
+# -------------------------------------------------------------------------- code of a value x (1 / scale)
+
+
+@inlined
+def _within(code, low, high):
+    return max(np.int32(low), min(np.int32(high), np.int32(code)))
+
+
+@inlined
+def _code_int8(round_to_integer, scaled, counter, key):
+    return _within(round_to_integer(scaled, counter, key), -127, 127)
+
+
+@inlined
+def _code_int4(round_to_integer, scaled, counter, key):
+    return _within(round_to_integer(scaled, counter, key), -7, 7)
+
+
+@inlined
+def _code_int2(round_to_integer, scaled, counter, key):
+    return _within(round_to_integer(scaled, counter, key), -2, 1)
+
+
+@inlined
+def _code_ternary(round_to_integer, scaled, counter, key):
+    return _within(round_to_integer(scaled, counter, key), -1, 1)
+
+
+@inlined
+def _code_sign(round_to_integer, scaled, counter, key):
+    return np.int32(-1) if scaled < np.float32(0) else np.int32(1)
+
+
+@inlined
+def _code_fp4(round_to_integer, scaled, counter, key):
+    """Twice the E2M1 value: its magnitudes lie half a unit apart up to 2, then one, from 4 on two."""
+    magnitude = np.abs(scaled)
+    finer = _ONE if magnitude >= _TWO else _TWO
+    finer = _HALF if magnitude >= np.float32(4) else finer
+    step = np.int32(2) if magnitude >= _TWO else np.int32(1)
+    step = np.int32(4) if magnitude >= np.float32(4) else step
+    code = np.int32(round_to_integer(np.float32(magnitude * finer), counter, key) * step)
+    code = min(np.int32(12), np.int32(code))
+    return np.int32(-code) if scaled < np.float32(0) else np.int32(code)
+
+
+# ------------------------------------------------------------------------------- digit of a code
+
+
+@inlined
+def _digit_int8(code):
+    return np.uint8(code)
+
+
+@inlined
+def _digit_int4(code):
+    return np.uint8(code + np.int32(8))
+
+
+@inlined
+def _digit_int2(code):
+    return np.uint8(code + np.int32(2))
+
+
+@inlined
+def _digit_ternary(code):
+    return np.uint8(code + np.int32(1))
+
+
+@inlined
+def _digit_sign(code):
+    return np.uint8(np.uint32(code) >> np.uint32(31))
+
+
+@inlined
+def _digit_fp4(code):
+    """0 1 2 3 4 6 8 12 to 0..7, and the sign in bit 3."""
+    magnitude = np.int32(np.abs(code))
+    digit = np.int32(np.int32(magnitude >> np.int32(1)) + np.int32(2)) if magnitude > np.int32(4) else magnitude
+    digit = np.int32(7) if magnitude == np.int32(12) else np.int32(digit)
+    return np.uint8(np.uint32(digit) | np.uint32(np.uint32(np.uint32(code) >> np.uint32(31)) << np.uint32(3)))
+
+
+# ---------------------------------------------------------------------------------- one pass
+
+
+@inlined
+def _take(values, residual, start, count, totals):
+    """values + residual of [start, start + count) to the front of totals, filled up with zeros to a whole WIDTH."""
+    if residual.size > 0:
+        for i in range(np.uintp(count)):
+            totals[i] = values[np.uintp(start) + i] + residual[np.uintp(start) + i]
+    else:
+        for i in range(np.uintp(count)):
+            totals[i] = values[np.uintp(start) + i]
+    for i in range(count, (count + WIDTH - 1) // WIDTH * WIDTH):
+        totals[i] = np.float32(0)
+
+
+@inlined
+def _find_scales(scale_of, tile, whole, totals, count, lanes, scales, inverses):
+    """Each tile's scale waits for two divisions; side by side they overlap."""
+    tiles = (count + tile - 1) // tile
+    for k in range(tiles):
+        first = k * tile
+        members = tile if whole else min(tile, count - first)
+        scales[k] = reinterpret(np.uint32(scale_of(tile, totals, first, members, lanes)), np.float32)
+    for k in range(tiles):
+        inverses[k] = _ONE / scales[k] if scales[k] != np.float32(0) else np.float32(0)
+
+
+@inlined
+def _round_tile(code_of, digit_of, unit, rounding, totals, digits, first, place, count, scale, inverse, counter, key):
+    """Digits of totals[first : first + count], all of one tile, to `place` and on; totals keep the rest."""
+    step = np.float32(scale * unit)
+    for i in range(count):
+        total = totals[np.uintp(first + i)]
+        code = code_of(rounding, np.float32(total * inverse), np.uint32(counter + i), key)
+        digits[np.uintp(place + i)] = digit_of(code)
+        totals[np.uintp(first + i)] = total - np.float32(code) * step
+
+
+@inlined
+def _encode(scale_of, code_of, digit_of, unit, places, rounding, tile, values, residual, frame, seed):
+    """Encode values + residual; where there is a residual it becomes what the frame does not hold."""
+    elements = values.size
+    key = (np.uint32(seed & np.int64(0xFFFFFFFF)), np.uint32((seed >> np.int64(32)) & np.int64(0xFFFFFFFF)))
+    zero = digit_of(code_of(_nearest, np.float32(0), np.uint32(0), key))
+    chunk = max(RUN, tile)
+    totals = np.empty(chunk, np.float32)
+    digits = np.empty(RUN + SPARE, np.uint8)
+    lanes = np.empty(WIDTH, np.float32)
+    scales = np.empty(chunk // tile, np.float32)
+    inverses = np.empty(chunk // tile, np.float32)
+    position = 2 * ((elements + tile - 1) // tile)
+    for start in range(0, elements, chunk):
+        count = min(chunk, elements - start)
+        is_usual = tile == WIDTH and count == RUN
+        _take(values, residual, start, count, totals)
+        if is_usual:
+            _find_scales(scale_of, WIDTH, True, totals, RUN, lanes, scales, inverses)
+        else:
+            _find_scales(scale_of, tile, False, totals, count, lanes, scales, inverses)
+        for k in range((count + tile - 1) // tile):
+            bits = reinterpret(scales[k], np.uint32)
+            store(frame, 2 * (start // tile + k), np.uint16(np.uint32(bits >> np.uint32(16))))
+        for low in range(0, count, RUN):
+            run = min(RUN, count - low)
+            if is_usual:
+                for first in range(0, RUN, WIDTH):
+                    k = first // WIDTH
+                    _round_tile(
+                        code_of,
+                        digit_of,
+                        unit,
+                        rounding,
+                        totals,
+                        digits,
+                        first,
+                        first,
+                        WIDTH,
+                        scales[k],
+                        inverses[k],
+                        start + first,
+                        key,
+                    )
+            else:
+                first = low
+                while first < low + run:
+                    k = first // tile
+                    members = min(tile, low + run - first)
+                    _round_tile(
+                        code_of,
+                        digit_of,
+                        unit,
+                        rounding,
+                        totals,
+                        digits,
+                        first,
+                        first - low,
+                        members,
+                        scales[k],
+                        inverses[k],
+                        start + first,
+                        key,
+                    )
+                    first += members
+            position = pack(places, digits, zero, run, frame, position)
+        if residual.size > 0:
+            for i in range(np.uintp(count)):
+                residual[np.uintp(start) + i] = totals[i]
+
+
+@kernel
+def encode_int8(tile, values, residual, frame, seed):
+    """Encode values + residual, where there is one; it becomes what the frame does not hold."""
+    _encode(scale_127, _code_int8, _digit_int8, _ONE, 1, _nearest, tile, values, residual, frame, seed)
+
+
+@kernel
+def encode_int4(tile, values, residual, frame, seed):
+    """As encode_int8."""
+    _encode(scale_7, _code_int4, _digit_int4, _ONE, 2, _nearest, tile, values, residual, frame, seed)
+
+
+@kernel
+def encode_fp4(tile, values, residual, frame, seed):
+    """As encode_int8."""
+    _encode(scale_6, _code_fp4, _digit_fp4, _HALF, 2, _nearest, tile, values, residual, frame, seed)
+
+
+@kernel
+def encode_int2(tile, values, residual, frame, seed):
+    """As encode_int8."""
+    _encode(scale_2_signed, _code_int2, _digit_int2, _ONE, 4, _nearest, tile, values, residual, frame, seed)
+
+
+@kernel
+def encode_ternary(tile, values, residual, frame, seed):
+    """As encode_int8."""
+    _encode(scale_mean_of_large, _code_ternary, _digit_ternary, _ONE, 5, _nearest, tile, values, residual, frame, seed)
+
+
+@kernel
+def encode_sign(tile, values, residual, frame, seed):
+    """As encode_int8."""
+    _encode(scale_mean, _code_sign, _digit_sign, _ONE, 8, _nearest, tile, values, residual, frame, seed)
+
+
+@kernel
+def encode_int8_stochastic(tile, values, residual, frame, seed):
+    """As encode_int8, rounded stochastically."""
+    _encode(scale_127, _code_int8, _digit_int8, _ONE, 1, _stochastic, tile, values, residual, frame, seed)
+
+
+@kernel
+def encode_int4_stochastic(tile, values, residual, frame, seed):
+    """As encode_int8, rounded stochastically."""
+    _encode(scale_7, _code_int4, _digit_int4, _ONE, 2, _stochastic, tile, values, residual, frame, seed)
+
+
+@kernel
+def encode_fp4_stochastic(tile, values, residual, frame, seed):
+    """As encode_int8, rounded stochastically."""
+    _encode(scale_6, _code_fp4, _digit_fp4, _HALF, 2, _stochastic, tile, values, residual, frame, seed)
+
+
+@kernel
+def encode_int2_stochastic(tile, values, residual, frame, seed):
+    """As encode_int8, rounded stochastically."""
+    _encode(scale_2_signed, _code_int2, _digit_int2, _ONE, 4, _stochastic, tile, values, residual, frame, seed)
