@@ -217,3 +217,15 @@ def test_caller_may_change_the_updates_it_was_given() -> None:
         assert_same(updates, clean.step(gradients_at(step)))
         for update in updates.values():
             update.fill_(1e9)
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_updates_and_state_are_where_the_parameters_are(case: str) -> None:
+    """Shown with tensors without memory, so no step may read a value back from the device either."""
+    parameters = [Parameter("weight", torch.empty(17, 9, device="meta"), "g")]
+    optimizer = LocalOptimizer(settings_of(case), parameters)
+    for step in range(2):
+        updates = optimizer.step({"weight": gradients_at(step)["weight"]})
+        assert updates["weight"].device.type == "meta"
+    for key, value in optimizer.state_dict().get("weight", {}).items():
+        assert value.device.type == ("cpu" if key == "step" else "meta")
