@@ -1,0 +1,284 @@
+"""Exchange rate: push + apply + pull between real shard and worker processes, with synthetic gradients.
+
+The shards run their own loop, the workers the library. There is no coordinator: the shards get their order
+handed over, as a coordinator would give it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from paramserver.cli.bench.choices import Ways, synthetic_job
+from paramserver.cli.bench.crew import START_SECONDS, Child, Crew, Line, cpu_seconds, say_all
+
+if TYPE_CHECKING:
+    from paramserver.protocol.messages import ShardAddress, ShardReport
+    from worker.attached import Attached
+
+DEAD_COORDINATOR = "tcp://127.0.0.1:9"  # nobody answers there: the order is handed over directly
+LOOPBACK = "tcp://127.0.0.1:0"
+MOMENTUM = {"name": "momentum", "lr": 1e-3, "momentum": 0.9}
+GRADIENT_SCALE = 1e-3
+WARM_SHARE = 0.2  # of the timed part
+MOST_SLOW = 20.0  # a timed part may take so many times its seconds: one cycle may be longer than all of it
+
+REPORT = "report"
+COUNTED = (  # of a shard's report: what only grows
+    "updates",
+    "push_payload_bytes",
+    "push_elements",
+    "pull_payload_bytes",
+    "pull_elements",
+    "bytes_in",
+    "bytes_out",
+    "waiting_seconds",
+    "working_seconds",
+)
+PEAK = "megabytes_above_imports"
+
+Shapes = Mapping[str, tuple[int, ...]]  # of the parameters, by name, in layout order
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured."""
+
+    elements: int
+    shards: int
+    workers: int
+    seconds: float
+    ways: Ways
+    optimizer: Mapping[str, Any] = field(default_factory=lambda: dict(MOMENTUM))
+    is_memory_shared: bool = True
+
+    @property
+    def shapes(self) -> Shapes:
+        """One equal part a shard, so that every server has the same to do."""
+        return {f"part{shard}": (self.elements // self.shards,) for shard in range(self.shards)}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What was measured, over the timed part of all workers."""
+
+    cycles: int
+    cycles_per_second: float  # of all workers together
+    cpu_seconds: float | None  # user and system, of all processes; None where the system does not tell
+    shards: tuple[Mapping[str, float], ...] = ()  # what each counted meanwhile, and its memory's peak
+
+    def gigabytes_per_second(self, elements: int) -> float:
+        """Float32 parameters pushed + pulled, whatever is on the wire."""
+        return self.cycles_per_second * elements * 8 / 1e9
+
+    def cpu_seconds_per_gigabyte(self, elements: int) -> float | None:
+        return None if self.cpu_seconds is None else self.cpu_seconds / (self.cycles * elements * 8 / 1e9)
+
+
+def measure(setting: Setting) -> Rate:
+    """Start shards and workers, let every worker cycle for so many seconds, and end them.
+
+    Raises InputError for encodings that a job may not have, MeasurementError where a process fails.
+    """
+    job = synthetic_job(setting.ways, setting.optimizer)
+    with Crew(shared_memory(setting.is_memory_shared)) as crew:
+        servers, addresses = start_shards(crew, setting.shapes, setting.shards, job.json_text())
+        clients = [
+            crew.start(f"worker-{n}", cycling_worker, n, addresses, setting.shapes, dict(setting.ways.push))
+            for n in range(setting.workers)
+        ]
+        rate = run_cycles(crew, clients, setting.seconds, servers)
+        crew.join(clients)  # they flush what their encodings hold back
+        crew.end(servers)
+    return rate
+
+
+def shared_memory(is_on: bool) -> dict[str, str]:
+    """The environment of processes that may, or may not, send frames through shared memory."""
+    return {"PARAMSERVER_SHARED_MEMORY": "on" if is_on else "off"}
+
+
+# --------------------------------------------------------------------- the shards
+
+
+def start_shards(
+    crew: Crew, shapes: Shapes, count: int, specification: str, listen: str = LOOPBACK, target: Any = None
+) -> tuple[list[Child], list[ShardAddress]]:
+    """Shard processes that serve a model of these parameters, blocks balanced by bytes, and where they are.
+
+    `target` stands for `serve_shard` with the same arguments.
+    """
+    from paramserver.coordinator.placement import balance
+    from paramserver.protocol.messages import ShardAddress
+
+    placed = balance(layout_of(shapes), [f"shard-{number:03d}" for number in range(count)], count)
+    servers = [
+        crew.start(name, target or serve_shard, name, shapes, blocks, specification, listen)
+        for name, blocks in placed.items()
+    ]
+    addresses = crew.hear(servers, "to listen")
+    return servers, [
+        ShardAddress(name, address, blocks) for (name, blocks), address in zip(placed.items(), addresses, strict=True)
+    ]
+
+
+def layout_of(shapes: Shapes) -> Any:
+    from paramserver.protocol.layout import Parameter, cut_layout
+
+    return cut_layout([Parameter(name, shape, "all") for name, shape in shapes.items()])
+
+
+def serve_shard(
+    line: Line, name: str, shapes: Shapes, blocks: tuple[int, ...], specification: str, listen: str
+) -> None:
+    """A shard process: says its address, then its report as often as it hears REPORT, until it hears anything else."""
+    from threading import Thread
+
+    from paramserver.job import Job
+    from paramserver.process import StopRequest, identify
+    from paramserver.protocol.messages import Register, ShardOrder
+    from paramserver.protocol.zeromq import ZeroMQTransport
+    from paramserver.shard.core import ShardCore, prepare
+    from paramserver.shard.server import ShardServer
+
+    identify("shard", name)
+    prepare(Job.model_validate_json(specification))  # compiled kernels count as imports
+    imported = _peak_megabytes()
+    core = ShardCore(name)
+    layout = layout_of(shapes)
+    core.take_order(ShardOrder(job="bench", specification=specification, term=1, phase=0, layout=layout, blocks=blocks))
+    stop = StopRequest()
+    transport = ZeroMQTransport()
+    introduction = Register(role="shard", name=name, pid=os.getpid())
+    server = ShardServer(core, transport, listen, DEAD_COORDINATOR, introduction)
+    line.say(server.address)
+
+    def answer() -> None:
+        # The counters are read while nothing is exchanged.
+        while line.hear() == REPORT:
+            line.say(_figures(server.report(), imported))
+        stop.set("the measurement is over")
+
+    Thread(target=answer, daemon=True).start()
+    server.run(stop)
+    transport.close()
+
+
+def _figures(report: ShardReport, imported_megabytes: float) -> dict[str, float]:
+    counted = {name: float(getattr(report, name)) for name in COUNTED}
+    return {**counted, PEAK: _peak_megabytes() - imported_megabytes}
+
+
+def _peak_megabytes() -> float:
+    import resource
+    import sys
+
+    kilobyte = 1024 if sys.platform == "darwin" else 1  # macOS tells bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kilobyte / 1024
+
+
+# --------------------------------------------------------------------- the workers
+
+
+def cycling_worker(
+    line: Line, number: int, addresses: Sequence[ShardAddress], shapes: Shapes, push: Mapping[str, Any]
+) -> None:
+    """A worker process that pushes the same gradients and pulls, as often as it can; see `run_cycles`."""
+    with attach_synthetic(number, addresses, shapes, push) as (attached, gradients):
+        if number == 0:
+            attached.initialise()
+        follow_cycles(line, lambda: attached.push(gradients), before=attached.pull)
+
+
+@contextmanager
+def attach_synthetic(
+    number: int, addresses: Sequence[ShardAddress], shapes: Shapes, push: Mapping[str, Any]
+) -> Iterator[tuple[Attached, Mapping[str, Any]]]:
+    """A model of zeros, attached as worker `number`, and seeded gradients (name -> tensor) for it.
+
+    `push` is the job's section of that name. Torch computes with one thread.
+    """
+    import numpy as np
+    import torch
+
+    from models.task import Parameter
+    from paramserver.job import PushSettings
+    from worker.attached import attach
+
+    torch.set_num_threads(1)
+    settings = PushSettings.model_validate(push)
+    generator = np.random.default_rng(number)
+    parameters = [Parameter(name, torch.zeros(shape), "all") for name, shape in shapes.items()]
+    gradients = {
+        name: torch.from_numpy(generator.normal(0, GRADIENT_SCALE, shape).astype(np.float32))
+        for name, shape in shapes.items()
+    }
+    with attach(
+        parameters,
+        addresses,
+        job="bench",
+        worker=f"worker-{number}",
+        term=1,
+        encoding=settings.encoding,
+        tile=settings.tile,
+        deadline_seconds=settings.deadline_seconds,
+    ) as attached:
+        yield attached, gradients
+
+
+# --------------------------------------------------------------------- timing
+
+
+def run_cycles(crew: Crew, clients: Sequence[Child], seconds: float, servers: Sequence[Child] = ()) -> Rate:
+    """Lead clients that run `follow_cycles` through warm-up and timed part, all at once."""
+    longest = START_SECONDS + MOST_SLOW * seconds
+    crew.hear(clients, "to be ready")
+    say_all(clients, WARM_SHARE * seconds)
+    crew.hear(clients, "its warm-up", longest)
+    before, used = ask_reports(crew, servers), cpu_seconds(crew.children)
+    say_all(clients, seconds)
+    found = crew.hear(clients, "its cycles", longest)
+    used_at_end, after = cpu_seconds(crew.children), ask_reports(crew, servers)
+    say_all(clients)
+    return Rate(
+        cycles=sum(count for count, _ in found),
+        cycles_per_second=sum(count / elapsed for count, elapsed in found),
+        cpu_seconds=None if used is None or used_at_end is None else used_at_end - used,
+        shards=tuple(
+            {name: value if name == PEAK else value - old[name] for name, value in new.items()}
+            for old, new in zip(before, after, strict=True)
+        ),
+    )
+
+
+def ask_reports(crew: Crew, servers: Sequence[Child]) -> list[dict[str, float]]:
+    """What shards have counted so far."""
+    say_all(servers, REPORT)
+    return crew.hear(servers, "its report")
+
+
+def follow_cycles(line: Line, cycle: Callable[[], object], before: Callable[[], object] | None = None) -> None:
+    """A client's side: ready, warm-up, timed part; returns when all clients have done theirs."""
+    line.say(None)
+    warm_seconds = line.hear()
+    if before is not None:
+        before()  # first values are there: the one that gives them is ready
+    timed_cycles(cycle, warm_seconds)
+    line.say(None)
+    line.say(timed_cycles(cycle, line.hear()))
+    line.hear()
+
+
+def timed_cycles(cycle: Callable[[], object], seconds: float) -> tuple[int, float]:
+    """(cycles, seconds) of as many as begin within so many seconds, at least one."""
+    started, count = time.perf_counter(), 0
+    while True:
+        cycle()
+        count += 1
+        elapsed = time.perf_counter() - started
+        if elapsed >= seconds:
+            return count, elapsed
