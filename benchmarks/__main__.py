@@ -1,32 +1,47 @@
-"""`python -m benchmarks [exchange|apply|convergence] [--quick]`: see benchmarks/README.md."""
+"""`python -m benchmarks [NAME [options]]`: see benchmarks/README.md. Without a name: all that need no privileges."""
 
 from __future__ import annotations
 
-import argparse
+import importlib
+import os
+import sys
 import warnings
 
+from paramserver.cli.bench.crew import QUIET, MeasurementError
+from paramserver.cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, CommandError
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("which", nargs="*", choices=["exchange", "apply", "convergence", []], default=[])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and steps: for a look, not for a figure")
-    options = parser.parse_args()
-    wanted = options.which or ["apply", "exchange", "convergence"]
-    warnings.filterwarnings("ignore", module="torch.*")
-    from benchmarks import convergence, exchange
+ALL = ("apply", "exchange", "lstm", "convergence")
+PRIVILEGED = ("link",)
 
-    if "apply" in wanted:
-        exchange.apply_rate(rounds=2 if options.quick else 5, seconds=2.0)
-    if "exchange" in wanted:
-        sizes = (100_000, 1_000_000, 10_000_000)
-        exchange.run(sizes, rounds=1 if options.quick else 5, seconds=1.0 if options.quick else 3.0)
-    if "convergence" in wanted:
-        convergence.run(
-            steps=200 if options.quick else 1200,
-            seeds=range(1 if options.quick else 3),
-            workers=(2,) if options.quick else (2, 4),
+
+def main(arguments: list[str]) -> int:
+    name, *rest = arguments or [""]
+    if name in (*ALL, *PRIVILEGED):
+        wanted = [name]
+    elif name in ("", "--quick"):
+        wanted, rest = list(ALL), arguments
+    else:
+        print(
+            f"python -m benchmarks: found {name!r}; use one of {', '.join((*ALL, *PRIVILEGED))} and its options "
+            "(NAME --help lists them), or nothing for all but the last",
+            file=sys.stderr,
         )
+        return 0 if name in ("-h", "--help") else 2
+    warnings.filterwarnings("ignore", module="torch.*")
+    os.environ.update(QUIET)  # torch reads it when it is imported
+    try:
+        for one in wanted:
+            importlib.import_module(f"benchmarks.{one}").main(rest)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except CommandError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return error.exit_code
+    except MeasurementError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -6,6 +6,7 @@ The same text, the same segments, the same batches, the same number of steps in 
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.options import positive
 from benchmarks.report import show
 
 ARGUMENTS = {"task": "char-lm", "cell": "lstm", "hidden": 128}
@@ -124,4 +126,22 @@ def run(
             "results": facts,
             "seconds": time.monotonic() - started,
         },
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks convergence",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="200 steps, one seed, 2 workers")
+    parser.add_argument("--steps", type=positive, help="of all workers together (default 1200)")
+    parser.add_argument("--seeds", type=positive, help="how many (default 3)")
+    parser.add_argument("--workers", type=positive, nargs="+", help="numbers of workers (default 2 4)")
+    given = parser.parse_args(arguments)
+    run(
+        steps=given.steps or (200 if given.quick else 1200),
+        seeds=range(given.seeds or (1 if given.quick else 3)),
+        workers=given.workers or ((2,) if given.quick else (2, 4)),
     )

@@ -13,15 +13,16 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from multiprocessing.queues import Queue
 
 import torch
 import torch.distributed as dist
 import torch.distributed.rpc as rpc
-import torch.multiprocessing as mp
 
-LEARNING_RATE = 1e-3
-MOMENTUM = 0.9
+from paramserver.cli.bench.crew import QUIET, Crew, Line
+from paramserver.cli.bench.exchange import MOMENTUM as SETTINGS
+from paramserver.cli.bench.exchange import Rate, follow_cycles, run_cycles
+
+LEARNING_RATE, MOMENTUM = SETTINGS["lr"], SETTINGS["momentum"]
 
 _weights: torch.Tensor | None = None
 _velocity: torch.Tensor | None = None
@@ -32,18 +33,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def timed_cycles(cycle: Callable[[], object], seconds: float) -> float:
-    """Cycles a second of one worker over about so many seconds, after a warm-up of a fifth of it."""
-    warm_until = time.perf_counter() + seconds / 5
-    while time.perf_counter() < warm_until:
-        cycle()
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        cycle()
-        count += 1
-    return count / (time.perf_counter() - started)
 
 
 # ------------------------------------------------------------------------ torch RPC server
@@ -62,7 +51,7 @@ def _exchange(gradient: torch.Tensor) -> torch.Tensor:
     return _weights
 
 
-def _rpc_process(rank: int, servers: int, workers: int, elements: int, seconds: float, port: int, out: Queue) -> None:  # type: ignore[type-arg]
+def _rpc_process(line: Line, rank: int, servers: int, workers: int, elements: int, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", TP_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     name = f"server{rank}" if rank < servers else f"worker{rank - servers}"
@@ -81,26 +70,27 @@ def _rpc_process(rank: int, servers: int, workers: int, elements: int, seconds: 
             for future in futures:
                 future.wait()
 
-        out.put(timed_cycles(cycle, seconds))
+        follow_cycles(line, cycle)
     rpc.shutdown()
 
 
-def rpc_server(elements: int, servers: int, workers: int, seconds: float) -> float:
+def rpc_server(elements: int, servers: int, workers: int, seconds: float) -> Rate:
     """Cycles a second of all workers together."""
-    out = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(
-        _rpc_process,
-        args=(servers, workers, elements, seconds, free_port(), out),
-        nprocs=servers + workers,
-        join=True,
-    )
-    return sum(out.get() for _ in range(workers))
+    port = free_port()
+    with Crew(QUIET) as crew:
+        started = [
+            crew.start(f"rank-{rank}", _rpc_process, rank, servers, workers, elements, port)
+            for rank in range(servers + workers)
+        ]
+        rate = run_cycles(crew, started[servers:], seconds)
+        crew.join(started)
+    return rate
 
 
 # ------------------------------------------------------------------------- gloo all-reduce
 
 
-def _reduce_process(rank: int, ranks: int, elements: int, seconds: float, port: int, out: Queue) -> None:  # type: ignore[type-arg]
+def _reduce_process(line: Line, rank: int, ranks: int, elements: int, port: int) -> None:
     os.environ.update(GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
@@ -112,25 +102,34 @@ def _reduce_process(rank: int, ranks: int, elements: int, seconds: float, port: 
         velocity.mul_(MOMENTUM).add_(gradient)
         weights.add_(velocity, alpha=-LEARNING_RATE)
 
-    # All ranks must make the same number of calls, so the first one's estimate decides for all.
-    for _ in range(3):
-        cycle()
-    started = time.perf_counter()
-    for _ in range(5):
-        cycle()
-    count = torch.tensor([max(5, int(seconds / ((time.perf_counter() - started) / 5)))])
-    dist.broadcast(count, 0)
-    dist.barrier()
-    started = time.perf_counter()
-    for _ in range(int(count)):
-        cycle()
-    out.put(int(count) / (time.perf_counter() - started))
-    dist.barrier()
+    follow_together(line, cycle)
     dist.destroy_process_group()
 
 
-def all_reduce(elements: int, ranks: int, seconds: float) -> float:
+def all_reduce(elements: int, ranks: int, seconds: float) -> Rate:
     """Cycles a second of all ranks together (each rank's step counts as one)."""
-    out = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_reduce_process, args=(ranks, elements, seconds, free_port(), out), nprocs=ranks, join=True)
-    return sum(out.get() for _ in range(ranks))
+    port = free_port()
+    with Crew(QUIET) as crew:
+        started = [crew.start(f"rank-{rank}", _reduce_process, rank, ranks, elements, port) for rank in range(ranks)]
+        rate = run_cycles(crew, started, seconds)
+        crew.join(started)
+    return rate
+
+
+def follow_together(line: Line, cycle: Callable[[], object]) -> None:
+    """`follow_cycles` of ranks that must all make the same number of calls: the first one's estimate decides."""
+    line.say(None)
+    line.hear()
+    cycle()
+    started = time.perf_counter()
+    for _ in range(2):
+        cycle()
+    one = (time.perf_counter() - started) / 2
+    line.say(None)
+    count = torch.tensor([max(3, round(line.hear() / one))])
+    dist.broadcast(count, 0)
+    started = time.perf_counter()
+    for _ in range(int(count)):
+        cycle()
+    line.say((int(count), time.perf_counter() - started))
+    line.hear()

@@ -1,16 +1,19 @@
 """Exchange rate: push + apply + pull between real shard and worker processes, with synthetic gradients.
 
-The shards run their own loop, the workers the library. There is no coordinator: the shards get their order
-handed over, as a coordinator would give it.
+The shards run their own loop, the workers the library. In the coordinator's place is one that registers a
+shard and then wants no heartbeats; the order is handed over as a coordinator would give it.
 """
 
 from __future__ import annotations
 
 import os
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paramserver.cli.bench.choices import Ways, synthetic_job
@@ -20,11 +23,11 @@ if TYPE_CHECKING:
     from paramserver.protocol.messages import ShardAddress, ShardReport
     from worker.attached import Attached
 
-DEAD_COORDINATOR = "tcp://127.0.0.1:9"  # nobody answers there: the order is handed over directly
 LOOPBACK = "tcp://127.0.0.1:0"
 MOMENTUM = {"name": "momentum", "lr": 1e-3, "momentum": 0.9}
 GRADIENT_SCALE = 1e-3
 WARM_SHARE = 0.2  # of the timed part
+NEVER_SECONDS = 1e6
 MOST_SLOW = 20.0  # a timed part may take so many times its seconds: one cycle may be longer than all of it
 
 REPORT = "report"
@@ -140,7 +143,8 @@ def serve_shard(
 
     from paramserver.job import Job
     from paramserver.process import StopRequest, identify
-    from paramserver.protocol.messages import Register, ShardOrder
+    from paramserver.protocol.messages import Register, Registered, ShardOrder
+    from paramserver.protocol.transport import Received
     from paramserver.protocol.zeromq import ZeroMQTransport
     from paramserver.shard.core import ShardCore, prepare
     from paramserver.shard.server import ShardServer
@@ -152,20 +156,27 @@ def serve_shard(
     layout = layout_of(shapes)
     core.take_order(ShardOrder(job="bench", specification=specification, term=1, phase=0, layout=layout, blocks=blocks))
     stop = StopRequest()
-    transport = ZeroMQTransport()
+    transport, others = ZeroMQTransport(), ZeroMQTransport()  # one a thread
+    coordinator = others.listen(LOOPBACK)
     introduction = Register(role="shard", name=name, pid=os.getpid())
-    server = ShardServer(core, transport, listen, DEAD_COORDINATOR, introduction)
+    server = ShardServer(core, transport, listen, coordinator.address, introduction)
     line.say(server.address)
 
     def answer() -> None:
+        if isinstance(received := coordinator.receive(START_SECONDS), Received):
+            never = Registered(incarnation=1, heartbeat_seconds=NEVER_SECONDS, session_seconds=NEVER_SECONDS)
+            coordinator.send(received.peer, never)
         # The counters are read while nothing is exchanged.
         while line.hear() == REPORT:
             line.say(_figures(server.report(), imported))
         stop.set("the measurement is over")
 
-    Thread(target=answer, daemon=True).start()
+    answering = Thread(target=answer, daemon=True)
+    answering.start()
     server.run(stop)
+    answering.join()
     transport.close()
+    others.close()
 
 
 def _figures(report: ShardReport, imported_megabytes: float) -> dict[str, float]:
@@ -174,11 +185,13 @@ def _figures(report: ShardReport, imported_megabytes: float) -> dict[str, float]
 
 
 def _peak_megabytes() -> float:
-    import resource
-    import sys
-
-    kilobyte = 1024 if sys.platform == "darwin" else 1  # macOS tells bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kilobyte / 1024
+    try:
+        # Not getrusage: on Linux its peak begins with that of the parent, which a spawned process never had.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return float(status.partition("VmHWM:")[2].split()[0]) / 1024
+    except OSError:
+        kilobyte = 1024 if sys.platform == "darwin" else 1  # macOS tells bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kilobyte / 1024
 
 
 # --------------------------------------------------------------------- the workers
