@@ -20,7 +20,7 @@ import torch.distributed.rpc as rpc
 
 from paramserver.cli.bench.crew import QUIET, Crew, Line
 from paramserver.cli.bench.exchange import MOMENTUM as SETTINGS
-from paramserver.cli.bench.exchange import Rate, follow_cycles, run_cycles
+from paramserver.cli.bench.exchange import Rate, Unwatched, Watch, follow_cycles, run_cycles
 
 LEARNING_RATE, MOMENTUM = SETTINGS["lr"], SETTINGS["momentum"]
 
@@ -116,8 +116,9 @@ def all_reduce(elements: int, ranks: int, seconds: float) -> Rate:
     return rate
 
 
-def follow_together(line: Line, cycle: Callable[[], object]) -> None:
+def follow_together(line: Line, cycle: Callable[[], object], watch: Watch | None = None) -> None:
     """`follow_cycles` of ranks that must all make the same number of calls: the first one's estimate decides."""
+    watch = watch or Unwatched()
     line.say(None)
     line.hear()
     cycle()
@@ -128,8 +129,10 @@ def follow_together(line: Line, cycle: Callable[[], object]) -> None:
     line.say(None)
     count = torch.tensor([max(3, round(line.hear() / one))])
     dist.broadcast(count, 0)
+    watch.begin()
     started = time.perf_counter()
     for _ in range(int(count)):
         cycle()
-    line.say((int(count), time.perf_counter() - started))
+    elapsed = time.perf_counter() - started
+    line.say((int(count), elapsed, watch.end()))
     line.hear()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from paramserver.cli.bench.choices import Ways, synthetic_job
 from paramserver.cli.bench.crew import START_SECONDS, Child, Crew, Line, cpu_seconds, say_all
@@ -73,6 +73,7 @@ class Rate:
     cycles_per_second: float  # of all workers together
     cpu_seconds: float | None  # user and system, of all processes; None where the system does not tell
     shards: tuple[Mapping[str, float], ...] = ()  # what each counted meanwhile, and its memory's peak
+    clients: tuple[Mapping[str, float], ...] = ()  # what each one's watch saw
 
     def gigabytes_per_second(self, elements: int) -> float:
         """Float32 parameters pushed + pulled, whatever is on the wire."""
@@ -109,19 +110,23 @@ def shared_memory(is_on: bool) -> dict[str, str]:
 
 
 def start_shards(
-    crew: Crew, shapes: Shapes, count: int, specification: str, listen: str = LOOPBACK, target: Any = None
+    crew: Crew,
+    shapes: Shapes,
+    count: int,
+    specification: str,
+    listen: str = LOOPBACK,
+    start: Callable[..., Child] = Crew.start,
 ) -> tuple[list[Child], list[ShardAddress]]:
     """Shard processes that serve a model of these parameters, blocks balanced by bytes, and where they are.
 
-    `target` stands for `serve_shard` with the same arguments.
+    `start` may start them elsewhere; it is called like Crew.start.
     """
     from paramserver.coordinator.placement import balance
     from paramserver.protocol.messages import ShardAddress
 
     placed = balance(layout_of(shapes), [f"shard-{number:03d}" for number in range(count)], count)
     servers = [
-        crew.start(name, target or serve_shard, name, shapes, blocks, specification, listen)
-        for name, blocks in placed.items()
+        start(crew, name, serve_shard, name, shapes, blocks, specification, listen) for name, blocks in placed.items()
     ]
     addresses = crew.hear(servers, "to listen")
     return servers, [
@@ -258,13 +263,14 @@ def run_cycles(crew: Crew, clients: Sequence[Child], seconds: float, servers: Se
     used_at_end, after = cpu_seconds(crew.children), ask_reports(crew, servers)
     say_all(clients)
     return Rate(
-        cycles=sum(count for count, _ in found),
-        cycles_per_second=sum(count / elapsed for count, elapsed in found),
+        cycles=sum(count for count, _, _ in found),
+        cycles_per_second=sum(count / elapsed for count, elapsed, _ in found),
         cpu_seconds=None if used is None or used_at_end is None else used_at_end - used,
         shards=tuple(
             {name: value if name == PEAK else value - old[name] for name, value in new.items()}
             for old, new in zip(before, after, strict=True)
         ),
+        clients=tuple(facts for _, _, facts in found),
     )
 
 
@@ -274,15 +280,40 @@ def ask_reports(crew: Crew, servers: Sequence[Child]) -> list[dict[str, float]]:
     return crew.hear(servers, "its report")
 
 
-def follow_cycles(line: Line, cycle: Callable[[], object], before: Callable[[], object] | None = None) -> None:
+class Watch(Protocol):
+    """Looks at what happens during the timed part of one client."""
+
+    def begin(self) -> None: ...
+
+    def end(self) -> dict[str, float]: ...
+
+
+class Unwatched:
+    def begin(self) -> None:
+        pass
+
+    def end(self) -> dict[str, float]:
+        return {}
+
+
+def follow_cycles(
+    line: Line,
+    cycle: Callable[[], object],
+    before: Callable[[], object] | None = None,
+    watch: Watch | None = None,
+) -> None:
     """A client's side: ready, warm-up, timed part; returns when all clients have done theirs."""
+    watch = watch or Unwatched()
     line.say(None)
     warm_seconds = line.hear()
     if before is not None:
         before()  # first values are there: the one that gives them is ready
     timed_cycles(cycle, warm_seconds)
     line.say(None)
-    line.say(timed_cycles(cycle, line.hear()))
+    seconds = line.hear()
+    watch.begin()
+    count, elapsed = timed_cycles(cycle, seconds)
+    line.say((count, elapsed, watch.end()))
     line.hear()
 
 
