@@ -18,9 +18,13 @@ from typing import Annotated, Any, Literal, Self, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from paramserver.encoding import EncodingError, EncodingOptions, encoding_names, make_encoding
+from paramserver.encoding import Encoding, EncodingError, EncodingOptions, encoding_names, make_encoding
+from paramserver.encoding.layers import FULL_PRECISION, encodings_by_block
+from paramserver.protocol.layout import Layout
 
 FAMILIES_GROUP = "paramserver.families"
+LOW_BITS = 2  # from here down an adaptive optimiser sees mostly what rounding did
+FRESH_ENCODINGS = frozenset({"fp32", "bf16"})  # others lose too much without error feedback
 MAX_FILE_BYTES = 2**20  # as over HTTP; also the end of what has none, such as a device
 
 
@@ -68,43 +72,70 @@ class Consistency(_Section):
         return self
 
 
-def _known_encoding(name: str) -> str:
-    try:
-        make_encoding(name)
-    except EncodingError as error:
-        raise ValueError(str(error)) from None
-    return name
+class _Encoded(_Section):
+    """What both ways choose: an encoding, its options, and layers that are treated apart."""
 
-
-class PushSettings(_Section):
-    encoding: str = "fp32"  # of updates
+    encoding: str
     tile: int = 64  # elements that share a scale
-    overlap: Literal["auto"] | bool = "auto"  # compute the next batch meanwhile; auto: only where an exchange is slow
-    deadline_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 5.0  # then the same bytes are sent again
+    layers: dict[str, str] = {}  # pattern of a parameter's name or group -> encoding; norms and biases: fp32
+
+    @property
+    def options(self) -> EncodingOptions:
+        return EncodingOptions(tile=self.tile)
+
+    @property
+    def encoding_names(self) -> set[str]:
+        """All that a block may use."""
+        return {self.encoding, FULL_PRECISION, *self.layers.values()}
+
+    def encodings(self, layout: Layout) -> tuple[Encoding, ...]:
+        """The encoding of every block of the layout."""
+        return encodings_by_block(layout, self.encoding, self.options, self.layers)
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        try:
-            make_encoding(self.encoding, EncodingOptions(tile=self.tile))
-        except EncodingError as error:
-            raise ValueError(str(error)) from None
+        for name in (self.encoding, *self.layers.values()):
+            try:
+                make_encoding(name, EncodingOptions(tile=self.tile))
+                if name == self.encoding:
+                    make_encoding(name, self.options)
+            except EncodingError as error:
+                raise ValueError(str(error)) from None
         return self
 
 
-class PullSettings(_Section):
-    encoding: str = "fp32"  # of weights: fp32 or bf16
-    fresh: bool = True  # the weights as they are now
+class PushSettings(_Encoded):
+    encoding: str = "fp32"  # of updates
+    density: Annotated[float, Field(gt=0, le=1)] = 0.01  # topk: share of the elements that go out
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    overlap: Literal["auto"] | bool = "auto"  # compute the next batch meanwhile; auto: only where an exchange is slow
+    deadline_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 5.0  # then the same bytes are sent again
+
+    @property
+    def options(self) -> EncodingOptions:
+        return EncodingOptions(tile=self.tile, density=self.density, rounding=self.rounding)
+
+
+class PullSettings(_Encoded):
+    encoding: str = "fp32"  # of published deltas, or of fresh weights: fp32 or bf16
+    fresh: bool | None = None  # true: the weights as they are now; absent: true with fp32 and bf16
+    publish_every: Annotated[int, Field(ge=1)] | None = None  # updates of a block; absent: half the active pushers
+    publish_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 0.5  # the longest that an update stays unpublished
+
+    @property
+    def is_fresh(self) -> bool:
+        return self.encoding in FRESH_ENCODINGS if self.fresh is None else self.fresh
 
     @model_validator(mode="after")
-    def _supported(self) -> Self:
-        _known_encoding(self.encoding)
-        if self.encoding not in ("fp32", "bf16"):
+    def _does_not_drift(self) -> Self:
+        drifting = sorted({self.encoding, *self.layers.values()} - FRESH_ENCODINGS)
+        if self.is_fresh and drifting:
             raise ValueError(
-                f"pull encoding {self.encoding!r} needs published deltas, which are not supported yet; "
-                "use 'fp32' or 'bf16' (a low-resolution pull of fresh weights drifts)"
+                f"fresh weights in {drifting[0]!r} drift, because what rounding loses is lost; use 'fp32' or 'bf16' "
+                "with fresh: true, or leave fresh out for published deltas"
             )
-        if not self.fresh:
-            raise ValueError("fresh: false needs published deltas, which are not supported yet; leave it out")
+        if self.is_fresh and self.publish_every is not None:
+            raise ValueError("publish_every belongs to published deltas; with fresh weights leave it out")
         return self
 
 
@@ -121,14 +152,7 @@ class OptimizerSettings(_Section):
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # rmsprop: of the mean square
     epsilon: Annotated[float, Field(ge=1e-12, le=1000)] = 1e-8  # adagrad, adam, rmsprop
     initial_accumulator: Annotated[float, Field(ge=0, le=1e30)] = 0.0  # adagrad
-    where: Literal["server", "worker"] = "server"
-
-    @field_validator("where")
-    @classmethod
-    def _server_only(cls, where: str) -> str:
-        if where == "worker":
-            raise ValueError("'worker' is not supported yet; use 'server'")
-        return where
+    where: Literal["server", "worker"] = "server"  # worker: preconditions before the encoding
 
 
 class Durability(_Section):
@@ -189,10 +213,19 @@ class Job(_Section):
         """Settings that work but are known not to converge, each with its mend."""
         found: list[str] = []
         workers, optimizer = self.cluster.workers, self.optimizer
-        if optimizer.name in ("momentum", "nesterov") and workers > 2 and self.consistency.mode != "sync":
+        on_server = optimizer.where == "server"
+        is_momentum = optimizer.name in ("momentum", "nesterov")
+        if is_momentum and on_server and workers > 2 and self.consistency.mode != "sync":
             found.append(
                 f"optimizer.name {optimizer.name!r} on the server with {workers} asynchronous workers is known to "
-                "diverge beyond 2; use 'adagrad' or 'adam', or consistency {mode: sync}"
+                "diverge beyond 2; use optimizer.where 'worker', 'adagrad' or 'adam', or consistency {mode: sync}"
+            )
+        low = sorted(name for name in self.push.encoding_names if make_encoding(name).bits <= LOW_BITS)
+        if low and on_server and optimizer.name in ("adagrad", "adam", "rmsprop"):
+            found.append(
+                f"push encoding {low[0]!r} (2 bits and less) with {optimizer.name!r} on the server is known to "
+                "converge badly: its second moments are those of the rounding; use optimizer.where 'worker', "
+                "or push.encoding 'int4'"
             )
         if optimizer.name == "sgd" and workers > 1 and self.consistency.mode == "async":
             if self.consistency.damping == "none":

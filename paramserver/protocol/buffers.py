@@ -24,6 +24,7 @@ class BufferPool:
         self._free: defaultdict[int, list[Bytes]] = defaultdict(list)
         self._lingering: list[tuple[list[Bytes], list[Sending]]] = []
         self._placed: dict[int, tuple[Bytes, FrameMemory]] = {}  # by the buffer's id
+        self._trimmed: dict[int, tuple[Bytes, Bytes]] = {}  # by the view's id: the view and its whole buffer
 
     def take(self, size: int, memory: FrameMemory | None = None) -> Bytes:
         """A buffer (size,) with whatever content, in `memory` where it has room; the caller owns it until `give`."""
@@ -35,6 +36,14 @@ class BufferPool:
         free = self._free[size]
         return free.pop() if free else np.empty(size, np.uint8)
 
+    def trim(self, buffer: Bytes, size: int) -> Bytes:
+        """The first `size` bytes of a buffer that was taken: send this view, and give it back in the buffer's place."""
+        if size == buffer.size:
+            return buffer
+        view = buffer[:size]
+        self._trimmed[id(view)] = view, buffer
+        return view
+
     def give(self, buffers: Iterable[Bytes], sendings: Iterable[Sending]) -> None:
         """Give answered buffers back; they are handed out again once every sending is done."""
         waiting = [sending for sending in sendings if not sending.done]
@@ -43,7 +52,8 @@ class BufferPool:
             # The transport keeps what it still reads alive, so forgetting a buffer is always safe.
             del self._lingering[:-MAX_LINGERING]
         else:
-            for buffer in buffers:
+            for given in buffers:
+                _, buffer = self._trimmed.pop(id(given), (given, given))
                 if self._placed and (found := self._placed.pop(id(buffer), None)) is not None:
                     found[1].free(buffer)
                 else:

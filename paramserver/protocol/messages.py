@@ -147,18 +147,19 @@ class Pull(Message, frozen=True, kw_only=True, tag="pull"):
     incarnation: Count
     step: Count
     wants: tuple[Want, ...]
+    source: Literal["replica", "weights"] = "replica"  # weights: at full precision, to evaluate or export
 
 
 class BlockValue(Struct, frozen=True, array_like=True):
-    """What a block's holder gets: nothing new (0 frames), a snapshot (1 frame) or deltas (n frames).
+    """What a block's holder gets: nothing new (0 frames), a snapshot or weights (1 frame), or deltas (n frames).
 
-    `edition` is the one that the holder has afterwards. With full-precision pulls of fresh weights
-    every version is an edition.
+    `edition` is the one that the holder has afterwards; the deltas lead to it, one edition each. With pulls of
+    fresh weights every version is an edition. After "weights" the holder has none: they are no replica.
     """
 
     block: Count
     edition: Count
-    kind: Literal["current", "snapshot", "deltas"]
+    kind: Literal["current", "snapshot", "deltas", "weights"]
     encoding: Name = "fp32"
     frames: Count = 0
 
@@ -245,6 +246,7 @@ class Lease(Struct, frozen=True, array_like=True):
     phase: Count = 0
     examples: tuple[Count, ...] = ()
     split: str = "train"  # or "valid", "test"
+    source: Literal["replica", "weights"] = "replica"  # what an evaluation is of
 
 
 class LeaseDone(Struct, frozen=True, array_like=True):
@@ -309,6 +311,22 @@ class StalenessRow(Struct, frozen=True, array_like=True):
     total: Count  # the sum of all stalenesses, for an exact mean
 
 
+class TrafficRow(Struct, frozen=True, array_like=True):
+    """Payload of one group's blocks in one encoding: bytes of frames, and the elements that they stand for.
+
+    A pull counts every element that was asked for, so that bytes over elements is what a step downloads. A
+    snapshot (where the puller was too far behind) counts under the encoding that the block has otherwise.
+    """
+
+    way: Literal["push", "pull"]
+    group: str
+    encoding: Name
+    payload_bytes: Count = 0
+    elements: Count = 0
+    snapshots: Count = 0
+    snapshot_bytes: Count = 0  # of payload_bytes
+
+
 class ShardReport(Struct, frozen=True, array_like=True, tag="shard-report"):
     """A shard's counters since it took its job up; all grow."""
 
@@ -324,10 +342,7 @@ class ShardReport(Struct, frozen=True, array_like=True, tag="shard-report"):
     refusals: dict[str, int] = {}
     bytes_in: Count = 0  # message bytes, heads included
     bytes_out: Count = 0
-    push_payload_bytes: Count = 0  # encoded updates that were applied ...
-    push_elements: Count = 0  # ... and the elements they stand for
-    pull_payload_bytes: Count = 0
-    pull_elements: Count = 0
+    traffic: tuple[TrafficRow, ...] = ()
     staleness: tuple[StalenessRow, ...] = ()
     waiting_seconds: Seconds = 0.0
     working_seconds: Seconds = 0.0
@@ -335,6 +350,9 @@ class ShardReport(Struct, frozen=True, array_like=True, tag="shard-report"):
     pending_updates: Count = 0  # accumulated by `sync`, not yet applied, now
     workers: tuple[str, ...] = ()
     handshake_failures: Count = 0
+    unpublished: Count = 0  # blocks with updates that no edition holds yet, now
+    editions: Count = 0  # published, over all blocks
+    replica_distance: float = 0.0  # |weights - published| / |weights|, now
 
 
 class WorkerReport(Struct, frozen=True, array_like=True, tag="worker-report"):
