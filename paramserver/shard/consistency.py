@@ -54,6 +54,11 @@ class Policy(ABC):
         """Updates that are acknowledged and not yet in the weights."""
         return 0
 
+    @property
+    def publish_period(self) -> int | None:
+        """Versions between two editions of a published replica; None where the number of pushers decides."""
+        return None
+
 
 class AsyncPolicy(Policy):
     """Every update at once, every pull at once."""
@@ -159,6 +164,10 @@ class SyncPolicy(Policy):
 
     def may_pull(self, worker: str, blocks: Iterable[int]) -> bool:
         return not any(block in self._rounds and worker in self._rounds[block][1].contributors for block in blocks)
+
+    @property
+    def publish_period(self) -> int | None:
+        return 1  # a version is a whole round
 
     @property
     def pending_updates(self) -> int:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from paramserver.encoding import Encoding, EncodingError, EncodingOptions, make_encoding
+from paramserver.encoding import Encoding, EncodingError, make_encoding
 from paramserver.encoding.base import Bytes
 from paramserver.job import Job
 from paramserver.protocol.buffers import BufferPool
+from paramserver.protocol.framing import MAX_FRAMES
 from paramserver.protocol.messages import (
     PROTOCOL_VERSION,
     Acknowledged,
@@ -35,13 +36,13 @@ from paramserver.protocol.messages import (
     RefusedUpdate,
     ShardOrder,
     Tick,
-    Want,
     Welcome,
 )
 from paramserver.protocol.transport import MAX_MESSAGE_BYTES, FrameMemory
 from paramserver.shard.block import HeldBlock
 from paramserver.shard.consistency import make_policy
 from paramserver.shard.optimizers import make_optimizer, warm_up
+from paramserver.shard.publishing import UnknownEditionError, make_publishing, weights_of
 from paramserver.shard.telemetry import Telemetry
 from paramserver.shard.watermarks import Verdict
 
@@ -58,11 +59,12 @@ DAMPING: dict[str, Callable[[int], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A message for a peer. Its frames come from the core's pool: give them back when they are sent."""
+    """A message for a peer. `loaned` are those of its frames that the pool wants back when they are sent."""
 
     peer: bytes
     message: Message
     frames: Sequence[Bytes] = ()
+    loaned: Sequence[Bytes] = ()
 
 
 class Refused(Exception):  # noqa: N818  (a verdict on the peer's message, not an error of ours)
@@ -77,9 +79,8 @@ class Refused(Exception):  # noqa: N818  (a verdict on the peer's message, not a
 
 def prepare(job: Job) -> None:
     """Compile, or load, all that serving this job calls. Takes seconds the first time; safe in another thread."""
-    push = make_encoding(job.push.encoding, EncodingOptions(tile=job.push.tile))
-    # A flushed residual comes at full precision, whatever the job's encoding.
-    warm_up(make_optimizer(job.optimizer), {make_encoding("fp32"), push, make_encoding(job.pull.encoding)})
+    names = {*job.push.encoding_names, *job.pull.encoding_names, "fp32"}
+    warm_up(make_optimizer(job.optimizer), {make_encoding(name, job.push.options) for name in names})
 
 
 class Serving:
@@ -93,11 +94,11 @@ class Serving:
         self.blocks = {index: HeldBlock(order.layout.blocks[index], self.optimizer) for index in order.blocks}
         self.policy = make_policy(self.job, self._apply)
         self.damping = DAMPING[self.job.consistency.damping]
-        # A flushed residual comes at full precision, whatever the job's encoding.
-        push = make_encoding(self.job.push.encoding, EncodingOptions(tile=self.job.push.tile))
-        self.push_encodings: dict[str, Encoding] = {"fp32": make_encoding("fp32"), push.identifier: push}
-        self.pull_encoding = make_encoding(self.job.pull.encoding)
-        warm_up(self.optimizer, {*self.push_encodings.values(), self.pull_encoding})
+        self.fp32 = make_encoding("fp32")
+        self.push_encodings = self.job.push.encodings(order.layout)  # by block; a flushed residual comes in fp32
+        self.pull_encodings = self.job.pull.encodings(order.layout)
+        self.publishing = make_publishing(self.job.pull, dict(enumerate(self.pull_encodings)))
+        warm_up(self.optimizer, {self.fp32, *self.push_encodings, *self.pull_encodings})
         self.telemetry = Telemetry()
         self.peers: dict[bytes, tuple[str, int]] = {}  # who said Hello: (worker, incarnation)
         self.parked: dict[bytes, dict[int, Pull | Push]] = {}  # by peer and request: a repeated one takes its place
@@ -112,6 +113,7 @@ class Serving:
     def _apply(self, block: HeldBlock, encoding: Encoding, frame: Bytes, staleness: int) -> None:
         self.optimizer.apply(block.weights, block.state, block.version, encoding, frame, self.damping(staleness))
         block.version += 1
+        self.publishing.applied(block, self.policy.publish_period)
 
 
 @dataclass
@@ -144,9 +146,17 @@ class ShardCore:
             serving.blocks[index] = HeldBlock(order.layout.blocks[index], serving.optimizer)
         for index in serving.blocks.keys() - set(order.blocks):
             del serving.blocks[index]
+            serving.publishing.forget(index)
         serving.order = order
         serving.policy.set_members([member.worker for member in order.members])
         return self._release(serving)
+
+    def publish_due(self, now: float) -> int:
+        """Publish what has waited too long. Returns how many blocks have updates that no edition holds yet."""
+        if self.serving is None:
+            return 0
+        self.serving.publishing.publish_due(now)
+        return self.serving.publishing.unpublished()
 
     # ------------------------------------------------------------------- the hot path
 
@@ -203,22 +213,30 @@ class ShardCore:
             raise Refused("out-of-order", detail, expected)
         if verdict is Verdict.OLD:
             raise Refused("old-incarnation", f"{push.worker} has a newer incarnation than {push.incarnation}")
-        encoding = serving.push_encodings.get(update.encoding)
-        if encoding is None:
-            known = ", ".join(sorted(serving.push_encodings))
-            raise Refused("unknown-encoding", f"found {update.encoding!r}, this job takes {known}")
-        if update.edition > block.version:
-            detail = f"block {update.block}: edition {update.edition} does not exist, the last is {block.version}"
-            raise Refused("unknown-edition", detail)
+        encoding = self._encoding_of(serving, update)
         try:
+            staleness = serving.publishing.staleness(block, update.edition)
             encoding.check(frame, block.elements)
+        except UnknownEditionError as error:
+            raise Refused("unknown-edition", f"block {update.block}: {error}") from None
         except EncodingError as error:
             raise Refused(error.code, f"block {update.block}: {error}") from None
-        staleness = block.version - update.edition
+        serving.publishing.saw_push(block, push.worker)
         serving.policy.absorb(block, push.worker, encoding, frame, staleness)
         block.marks.advance(push.worker, push.incarnation, update.sequence)
-        serving.telemetry.applied(push.worker, block.group, staleness, frame.size, block.elements)
+        telemetry = serving.telemetry
+        telemetry.applied(push.worker, block.group, encoding.identifier, staleness, frame.size, block.elements)
         return Acknowledged(update.block, update.sequence, block.version)
+
+    @staticmethod
+    def _encoding_of(serving: Serving, update: BlockUpdate) -> Encoding:
+        encoding = serving.push_encodings[update.block]
+        if update.encoding == encoding.identifier:
+            return encoding
+        if update.encoding == serving.fp32.identifier:
+            return serving.fp32
+        detail = f"block {update.block}: found {update.encoding!r}, this job takes {encoding.identifier} and fp32"
+        raise Refused("unknown-encoding", detail)
 
     def _answer_pull(self, serving: Serving, peer: bytes, request: Pull | Push) -> list[Reply]:
         """The values that a pull wants, or nothing yet where the policy makes it wait."""
@@ -230,15 +248,29 @@ class ShardCore:
         serving.telemetry.pulls += 1
         values: list[BlockValue] = []
         frames: list[Bytes] = []
-        memory = self.memory(peer)
+        loaned: list[Bytes] = []
+        wants_weights = isinstance(request, Pull) and request.source == "weights"
+        memory, room = self.memory(peer), MAX_FRAMES - len(blocks)  # each block may need a frame
         for block, want in zip(blocks, request.wants, strict=True):
-            values.append(self._value(serving, block, want, frames, memory))
-        return [Reply(peer, Pulled(request=request.request, values=tuple(values)), frames)]
+            if wants_weights:
+                value = weights_of(block, self.pool, memory)
+            else:
+                value = serving.publishing.value(block, want.have, room + 1, self.pool, memory)
+                room -= max(0, len(value.frames) - 1)
+            payload_bytes = sum(frame.size for frame in value.frames)
+            usual = serving.pull_encodings[block.index].identifier if not wants_weights else value.encoding
+            is_behind = value.kind == "snapshot" and value.encoding != usual
+            serving.telemetry.pulled(block.group, usual, payload_bytes, block.elements, is_behind)
+            values.append(BlockValue(block.index, value.edition, value.kind, value.encoding, len(value.frames)))
+            frames += value.frames
+            loaned += value.loaned
+        return [Reply(peer, Pulled(request=request.request, values=tuple(values)), frames, loaned)]
 
     def _wanted(self, serving: Serving, peer: bytes, request: Pull | Push) -> list[HeldBlock]:
         """The blocks that a request wants. Raises Refused where one is not here or the answer fits no message."""
         blocks = [self._block(serving, want.block) for want in request.wants]
-        answer_bytes = sum(serving.pull_encoding.frame_bytes(block.elements) for block in blocks)
+        # A snapshot, and what the log of deltas holds at most.
+        answer_bytes = sum(4 * block.elements for block in blocks)
         if answer_bytes > MAX_ANSWER_BYTES:
             detail = f"the answer would have {answer_bytes} bytes, allowed are {MAX_ANSWER_BYTES}; ask for fewer blocks"
             raise Refused("malformed", detail)
@@ -246,17 +278,6 @@ class ShardCore:
         if len(parked) >= MAX_PARKED and request.request not in parked:
             raise Refused("not-served", f"{MAX_PARKED} pulls of {request.worker} wait already, which is the limit")
         return blocks
-
-    def _value(
-        self, serving: Serving, block: HeldBlock, want: Want, frames: list[Bytes], memory: FrameMemory | None
-    ) -> BlockValue:
-        encoding = serving.pull_encoding
-        if want.have == block.version:
-            return BlockValue(block.index, block.version, "current", encoding.identifier)
-        frame = block.snapshot(encoding, self.pool, memory)
-        frames.append(frame)
-        serving.telemetry.pulled(frame.size, block.elements)
-        return BlockValue(block.index, block.version, "snapshot", encoding.identifier, 1)
 
     def _release(self, serving: Serving) -> list[Reply]:
         """Answer the parked pulls that need wait no longer."""
@@ -308,18 +329,18 @@ class ShardCore:
         self._check_term(serving, message.term)
         if message.layout != serving.fingerprint:
             raise Refused("wrong-layout", f"found layout {message.layout}, this job has {serving.fingerprint}")
-        fp32 = serving.push_encodings["fp32"]
         checked: list[tuple[HeldBlock, Bytes]] = []
         for index, frame in zip(message.blocks, frames, strict=True):
             block, values = self._block(serving, index, must_have_value=False), np.frombuffer(frame, np.uint8)
             try:
-                fp32.check(values, block.elements)
+                serving.fp32.check(values, block.elements)
             except EncodingError as error:
                 raise Refused(error.code, f"block {index}: {error}") from None
             checked.append((block, values))
         for block, values in checked:
             if not block.initialise(values):
                 raise Refused("already-initialised", f"block {block.index} was given other first values before")
+            serving.publishing.begin(block)
         return Reply(peer, Initialised(request=message.request))
 
     # -------------------------------------------------------------------- admission

@@ -73,6 +73,16 @@ class Sgd(Optimizer):
         return (self._settings.lr * lr_factor,)
 
 
+class Add(Optimizer):
+    """`where: worker`: the update is already what the weights change by; a worker's own optimiser made it."""
+
+    slots = 0
+    _kernel = staticmethod(kernels.sgd)
+
+    def _factors(self, updates_before: int, lr_factor: float) -> tuple[float, ...]:
+        return (-lr_factor,)
+
+
 class Momentum(Optimizer):
     """Heavy ball, without dampening: torch.optim.SGD(momentum=...). State: velocity."""
 
@@ -137,8 +147,8 @@ _MEMBERS: dict[str, type[Optimizer]] = {
 
 
 def make_optimizer(settings: OptimizerSettings) -> Optimizer:
-    """The optimiser that the job's settings name; the job has checked the name."""
-    return _MEMBERS[settings.name](settings)
+    """What the shard does with an update: the named optimiser's step, or adding where the worker makes the step."""
+    return Add(settings) if settings.where == "worker" else _MEMBERS[settings.name](settings)
 
 
 def decode_add(encoding: Encoding, frame: Bytes, out: Float32) -> None:

@@ -15,6 +15,7 @@ BATCH_MESSAGES = 64  # handled in a row before the control channel gets a look
 MOST_NAMES = 1024  # workers that a report lists; strangers may have said Hello by the thousand
 LONGEST_WAIT_SECONDS = 0.5  # how late a stop request may be seen
 PREPARING_WAIT_SECONDS = 0.05  # how late the end of a compilation may be seen
+PUBLISH_LOOK_SECONDS = 0.1  # between two looks at what the timer should publish
 
 
 class ShardServer:
@@ -38,6 +39,8 @@ class ShardServer:
         self._waiting_seconds = 0.0
         self._working_seconds = 0.0
         self._must_stop = False
+        self._publish_at = 0.0
+        self._unpublished = 0  # blocks, at the last look
         self._preparation: Preparation | None = None
 
     @property
@@ -54,6 +57,11 @@ class ShardServer:
                 self._beat()
                 started = perf_counter()
                 longest = LONGEST_WAIT_SECONDS if self._preparation is None else PREPARING_WAIT_SECONDS
+                if started >= self._publish_at:
+                    self._publish_at = started + PUBLISH_LOOK_SECONDS
+                    self._unpublished = self.core.publish_due(monotonic())
+                if self._unpublished:
+                    longest = min(longest, PUBLISH_LOOK_SECONDS)
                 timeout = min(self._membership.seconds_to_next(monotonic()), longest)
                 ready = self._transport.wait([self._listener, self._control], timeout)
                 woken = perf_counter()
@@ -86,7 +94,7 @@ class ShardServer:
     def _send(self, replies: list[Reply]) -> None:
         for reply in replies:
             sending = self._listener.send(reply.peer, reply.message, [frame.data for frame in reply.frames])
-            self.core.pool.give(reply.frames, [sending])
+            self.core.pool.give(reply.loaned, [sending])
             self._bytes_out += sum(frame.size for frame in reply.frames)
 
     def _beat(self) -> None:
@@ -161,15 +169,15 @@ class ShardServer:
             refusals=dict(self.core.refusals),
             bytes_in=self._bytes_in,
             bytes_out=self._bytes_out,
-            push_payload_bytes=telemetry.push_payload_bytes,
-            push_elements=telemetry.push_elements,
-            pull_payload_bytes=telemetry.pull_payload_bytes,
-            pull_elements=telemetry.pull_elements,
+            traffic=telemetry.traffic_rows(),
             staleness=telemetry.staleness_rows(),
             waiting_seconds=self._waiting_seconds,
             working_seconds=self._working_seconds,
             parked_pulls=sum(map(len, serving.parked.values())),
             pending_updates=serving.policy.pending_updates,
+            unpublished=serving.publishing.unpublished(),
+            editions=serving.publishing.editions(),
+            replica_distance=serving.publishing.replica_distance(),
             workers=tuple(sorted({worker for worker, _ in serving.peers.values()}))[:MOST_NAMES],
             handshake_failures=self._listener.handshake_failures,
         )

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
-from paramserver.protocol.messages import StalenessRow
+from dataclasses import dataclass
+from typing import Literal
+
+from paramserver.protocol.messages import StalenessRow, TrafficRow
 from paramserver.shard.staleness import StalenessHistogram
+
+Way = Literal["push", "pull"]
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Payload of one group one way in one encoding."""
+
+    payload_bytes: int = 0
+    elements: int = 0
+    snapshots: int = 0
+    snapshot_bytes: int = 0
 
 
 class Telemetry:
@@ -14,26 +29,50 @@ class Telemetry:
         self.pulls = 0
         self.updates = 0  # of blocks, duplicates not counted
         self.duplicates = 0
-        self.push_payload_bytes = 0
-        self.push_elements = 0
-        self.pull_payload_bytes = 0
-        self.pull_elements = 0
+        self._traffic: dict[tuple[Way, str, str], Traffic] = {}
         self._staleness: dict[tuple[str, str], StalenessHistogram] = {}
 
-    def applied(self, worker: str, group: str, staleness: int, payload_bytes: int, elements: int) -> None:
+    def applied(
+        self, worker: str, group: str, encoding: str, staleness: int, payload_bytes: int, elements: int
+    ) -> None:
         """One block update became part of the state, `staleness` versions after the edition it was computed on."""
         self.updates += 1
-        self.push_payload_bytes += payload_bytes
-        self.push_elements += elements
+        traffic = self._of("push", group, encoding)
+        traffic.payload_bytes += payload_bytes
+        traffic.elements += elements
         histogram = self._staleness.get((worker, group))
         if histogram is None:
             histogram = self._staleness[worker, group] = StalenessHistogram()
         histogram.add(staleness)
 
-    def pulled(self, payload_bytes: int, elements: int) -> None:
-        """One block's value left the shard."""
-        self.pull_payload_bytes += payload_bytes
-        self.pull_elements += elements
+    def pulled(self, group: str, encoding: str, payload_bytes: int, elements: int, is_snapshot: bool) -> None:
+        """A pull of one block's value was answered, perhaps with nothing new."""
+        traffic = self._of("pull", group, encoding)
+        traffic.payload_bytes += payload_bytes
+        traffic.elements += elements
+        if is_snapshot:
+            traffic.snapshots += 1
+            traffic.snapshot_bytes += payload_bytes
+
+    def _of(self, way: Way, group: str, encoding: str) -> Traffic:
+        traffic = self._traffic.get((way, group, encoding))
+        if traffic is None:
+            traffic = self._traffic[way, group, encoding] = Traffic()
+        return traffic
+
+    def traffic_rows(self) -> tuple[TrafficRow, ...]:
+        return tuple(
+            TrafficRow(
+                way=way,
+                group=group,
+                encoding=encoding,
+                payload_bytes=traffic.payload_bytes,
+                elements=traffic.elements,
+                snapshots=traffic.snapshots,
+                snapshot_bytes=traffic.snapshot_bytes,
+            )
+            for (way, group, encoding), traffic in sorted(self._traffic.items())
+        )
 
     def staleness_rows(self) -> tuple[StalenessRow, ...]:
         return tuple(

@@ -1,0 +1,290 @@
+"""What a pull sees: fresh weights, or the published replica that follows them in encoded deltas.
+
+Published, a delta is encoded once, and its bytes go as they are to every worker that asks: pulling costs the
+shard no arithmetic, and a worker's download does not grow with the number of workers. What an encoding loses
+stays in `weights - published` and is in the next delta, so nothing drifts (error feedback for free).
+
+A replica is published every `ceil(active pushers / 2)` updates (fresher costs bytes, staler costs loss), when a
+timer says so, and hence at the end. Workers apply deltas in order, one at a time: a merged delta would round
+differently, and replicas would stop being bit-identical.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from array import array
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+
+from paramserver.encoding import Encoding, make_encoding
+from paramserver.encoding.base import Bytes, Float32
+from paramserver.job import PullSettings
+from paramserver.protocol.buffers import BufferPool
+from paramserver.protocol.transport import FrameMemory
+from paramserver.shard.block import HeldBlock
+
+MAX_EDITIONS = 4096  # whose versions are remembered; the staleness of an older one is counted from the oldest
+ACTIVE_ROUNDS = 8  # a worker is an active pusher while its last update is among so many of each known one's
+
+Kind = Literal["current", "snapshot", "deltas", "weights"]
+
+
+class UnknownEditionError(ValueError):
+    """An edition that was never published."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What a puller gets of a block. `loaned` frames belong to the pool: give them back when they are sent."""
+
+    edition: int
+    kind: Kind
+    encoding: str
+    frames: tuple[Bytes, ...] = ()
+    loaned: tuple[Bytes, ...] = ()
+
+
+class Publishing(ABC):
+    """What pulls see of the blocks of one job. Owned by the shard's one thread."""
+
+    @abstractmethod
+    def begin(self, block: HeldBlock) -> None:
+        """A block has its first values."""
+
+    def forget(self, index: int) -> None:  # noqa: B027  (nothing is kept by some)
+        """A block is not held any more."""
+
+    @abstractmethod
+    def staleness(self, block: HeldBlock, edition: int) -> int:
+        """Versions applied since that edition. Raises UnknownEditionError."""
+
+    def saw_push(self, block: HeldBlock, worker: str) -> None:  # noqa: B027  (fresh weights count no pushers)
+        """The worker pushed an update of the block, perhaps not yet applied."""
+
+    def applied(self, block: HeldBlock, period: int | None) -> None:  # noqa: B027
+        """The block has a new version. `period`: publish after so many; None: the number of pushers decides."""
+
+    @abstractmethod
+    def value(self, block: HeldBlock, have: int, room: int, pool: BufferPool, memory: FrameMemory | None) -> Value:
+        """What is new for one that holds edition `have`, -1 for none, in at most `room` (at least 1) frames."""
+
+    def publish_due(self, now: float) -> None:  # noqa: B027  (nothing is due with fresh weights)
+        """Publish what has waited for longer than the timer allows."""
+
+    def unpublished(self) -> int:
+        """Blocks with updates that no edition holds yet."""
+        return 0
+
+    def editions(self) -> int:
+        """Editions published so far, over all blocks."""
+        return 0
+
+    def replica_distance(self) -> float:
+        """|weights - published| / |weights| as it was last measured; 0 where they are the same thing."""
+        return 0.0
+
+
+def weights_of(block: HeldBlock, pool: BufferPool, memory: FrameMemory | None) -> Value:
+    """The weights themselves at full precision, for an evaluation or the export. The puller's replica is then none."""
+    frame = block.snapshot(_FP32, pool, memory)
+    return Value(block.version, "weights", _FP32.identifier, (frame,), (frame,))
+
+
+class FreshWeights(Publishing):
+    """Every version is an edition; a pull encodes the weights as they are now."""
+
+    def __init__(self, encodings: Mapping[int, Encoding]) -> None:
+        self._encodings = encodings
+
+    def begin(self, block: HeldBlock) -> None:
+        pass
+
+    def staleness(self, block: HeldBlock, edition: int) -> int:
+        if edition > block.version:
+            raise UnknownEditionError(f"edition {edition} does not exist, the last is {block.version}")
+        return block.version - edition
+
+    def value(self, block: HeldBlock, have: int, room: int, pool: BufferPool, memory: FrameMemory | None) -> Value:
+        encoding = self._encodings[block.index]
+        if have == block.version:
+            return Value(have, "current", encoding.identifier)
+        frame = block.snapshot(encoding, pool, memory)
+        return Value(block.version, "snapshot", encoding.identifier, (frame,), (frame,))
+
+
+class PublishedBlock:
+    """The published replica of one block, its bounded log of deltas, and when it is due."""
+
+    __slots__ = (
+        "_first_edition", "_last_push", "_versions", "distance", "edition", "log", "log_bytes", "since", "values",
+        "waiting_since",
+    )  # fmt: skip
+
+    def __init__(self, weights: Float32, version: int) -> None:
+        self.values: Float32 = weights.copy()  # (elements,): what every worker at `edition` holds, bit for bit
+        self.edition = 0
+        self.log: deque[Bytes] = deque()  # the deltas that made editions edition - len(log) + 1 ... edition
+        self.log_bytes = 0
+        self.since = 0  # updates that no edition holds yet
+        self.waiting_since: float | None = None  # when the timer first saw them
+        self.distance = 0.0, 0.0  # |weights - values|^2 and |weights|^2, as last measured
+        self._first_edition = 0
+        self._versions = array("q", [version])  # of editions from _first_edition on
+        self._last_push: dict[str, int] = {}
+
+    def version_at(self, edition: int) -> int:
+        """The block's version when this edition was published; of a forgotten one, the oldest that is known."""
+        if not 0 <= edition <= self.edition:
+            raise UnknownEditionError(f"edition {edition} was never published, the last is {self.edition}")
+        return self._versions[max(0, edition - self._first_edition)]
+
+    def saw_push(self, worker: str, version: int) -> None:
+        self._last_push[worker] = version
+
+    def active_pushers(self, version: int) -> int:
+        """Workers that pushed this block lately; one that is gone stops counting."""
+        oldest = version - ACTIVE_ROUNDS * len(self._last_push)
+        for worker in [name for name, last in self._last_push.items() if last <= oldest]:
+            del self._last_push[worker]
+        return len(self._last_push)
+
+    def append(self, frame: Bytes, version: int, log_limit: int) -> None:
+        """A new edition, made by this delta. The log keeps at most `log_limit` bytes."""
+        self.edition += 1
+        self.since, self.waiting_since = 0, None
+        self._versions.append(version)
+        if len(self._versions) > MAX_EDITIONS:
+            del self._versions[: MAX_EDITIONS // 2]
+            self._first_edition += MAX_EDITIONS // 2
+        self.log.append(frame)
+        self.log_bytes += frame.size
+        while self.log_bytes > log_limit:
+            self.log_bytes -= self.log.popleft().size
+
+    def deltas_since(self, have: int, room: int) -> tuple[Bytes, ...] | None:
+        """Those that lead from edition `have` to the last one; None where they are not all in the log, or too many."""
+        missing = self.edition - have
+        if not 0 <= have <= self.edition or missing > min(len(self.log), room):
+            return None
+        return tuple(islice(self.log, len(self.log) - missing, None))
+
+
+class PublishedDeltas(Publishing):
+    """The published replica of every block.
+
+    Args:
+        encodings: of the deltas, by block.
+        every: updates between two editions; None: half of the active pushers, rounded up.
+        seconds: how long an update may wait for its edition.
+    """
+
+    def __init__(self, encodings: Mapping[int, Encoding], every: int | None, seconds: float) -> None:
+        self._encodings = encodings
+        self._every = every
+        self._seconds = seconds
+        self._replicas: dict[int, PublishedBlock] = {}
+        self._blocks: dict[int, HeldBlock] = {}
+        self._delta = np.empty(0, np.float32)  # scratch of the largest block so far
+        self._frame = np.empty(0, np.uint8)
+        self._measured = 0  # blocks whose distance was measured, in turn
+
+    def begin(self, block: HeldBlock) -> None:
+        if block.index not in self._replicas:
+            self._blocks[block.index] = block
+            self._replicas[block.index] = PublishedBlock(block.weights, block.version)
+            if block.elements > self._delta.size:
+                self._delta = np.empty(block.elements, np.float32)
+
+    def forget(self, index: int) -> None:
+        self._replicas.pop(index, None)
+        self._blocks.pop(index, None)
+
+    def replica(self, index: int) -> PublishedBlock:
+        return self._replicas[index]
+
+    def staleness(self, block: HeldBlock, edition: int) -> int:
+        return block.version - self._replicas[block.index].version_at(edition)
+
+    def saw_push(self, block: HeldBlock, worker: str) -> None:
+        self._replicas[block.index].saw_push(worker, block.version)
+
+    def applied(self, block: HeldBlock, period: int | None) -> None:
+        replica = self._replicas[block.index]
+        replica.since += 1
+        every = self._every or period
+        if every is None:
+            every = max(1, math.ceil(replica.active_pushers(block.version) / 2))
+        if replica.since >= every:
+            self._publish(block, replica)
+
+    def _publish(self, block: HeldBlock, replica: PublishedBlock) -> None:
+        """Encode what the replica lacks, and take it in exactly as every worker will."""
+        encoding = self._encodings[block.index]
+        delta = self._delta[: block.elements]
+        np.subtract(block.weights, replica.values, out=delta)
+        size = encoding.frame_bytes(block.elements)
+        if self._frame.size < size:
+            self._frame = np.empty(size, np.uint8)
+        # The log's own copy, never changed again: the transport may still read it long after it left the log.
+        written = encoding.encode(delta, self._frame[:size])
+        frame = self._frame[:written].copy()
+        encoding.decode_add(frame, replica.values)
+        replica.append(frame, block.version, log_limit=4 * block.elements)
+
+    def value(self, block: HeldBlock, have: int, room: int, pool: BufferPool, memory: FrameMemory | None) -> Value:
+        replica = self._replicas[block.index]
+        identifier = self._encodings[block.index].identifier
+        if have == replica.edition:
+            return Value(have, "current", identifier)
+        deltas = replica.deltas_since(have, room)
+        if deltas is not None:
+            return Value(replica.edition, "deltas", identifier, deltas)
+        frame = pool.take(4 * block.elements, memory)
+        frame[:] = replica.values.view(np.uint8)
+        return Value(replica.edition, "snapshot", _FP32.identifier, (frame,), (frame,))
+
+    def publish_due(self, now: float) -> None:
+        for index, replica in self._replicas.items():
+            if not replica.since:
+                continue
+            if replica.waiting_since is None:
+                replica.waiting_since = now
+            elif now - replica.waiting_since >= self._seconds:
+                self._publish(self._blocks[index], replica)
+
+    def unpublished(self) -> int:
+        return sum(replica.since > 0 for replica in self._replicas.values())
+
+    def editions(self) -> int:
+        return sum(replica.edition for replica in self._replicas.values())
+
+    def replica_distance(self) -> float:
+        self._measure()
+        lag, size = (sum(replica.distance[i] for replica in self._replicas.values()) for i in (0, 1))
+        return math.sqrt(lag / size) if size > 0 else 0.0
+
+    def _measure(self, blocks: int = 8) -> None:
+        """Measure some blocks' distances, others the next time: a report may not hold up the pushes."""
+        indices = list(self._replicas)
+        for _ in range(min(blocks, len(indices))):
+            index = indices[self._measured % len(indices)]
+            self._measured += 1
+            weights, replica = self._blocks[index].weights, self._replicas[index]
+            delta = np.subtract(weights, replica.values, out=self._delta[: weights.size])
+            replica.distance = float(np.dot(delta, delta)), float(np.dot(weights, weights))
+
+
+_FP32 = make_encoding("fp32")
+
+
+def make_publishing(settings: PullSettings, encodings: Mapping[int, Encoding]) -> Publishing:
+    """What the job's pulls see; `encodings` by block."""
+    if settings.is_fresh:
+        return FreshWeights(encodings)
+    return PublishedDeltas(encodings, settings.publish_every, settings.publish_seconds)
