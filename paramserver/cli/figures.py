@@ -60,6 +60,10 @@ def result_rows(result: Figures) -> list[tuple[str, str]]:
             rows.append(
                 (what, f"{number(loss['bits'], 4)} bits a {symbol}, perplexity {number(loss['perplexity'], 3)}")
             )
+    for split, what in (("valid", "validation loss of the replica"), ("test", "test loss of the replica")):
+        loss = result["replica"][split]
+        if loss["bits"] is not None:
+            rows.append((what, f"{number(loss['bits'], 4)} bits a {symbol}"))
     staleness = result["staleness"]["all"]
     repeated = result["examples_repeated"]
     rows += [
@@ -73,8 +77,9 @@ def result_rows(result: Figures) -> list[tuple[str, str]]:
         ),
     ]
     for way, title in (("push", "pushed"), ("pull", "pulled")):
-        bits = result[f"{way}_bits_an_element"]
-        rows.append((title, f"{byte_size(result[f'{title}_bytes'])}, {number(bits, 2)} bits an element"))
+        rows.append((title, f"{byte_size(result[f'{title}_bytes'])}, {_bits(result, way)}"))
+    if result["snapshots"]:
+        rows.append(("snapshots", f"{count(result['snapshots'])}, {byte_size(result['snapshot_bytes'])} of the pulled"))
     if result["skipped_steps"]:
         rows.append(("steps skipped, not finite", count(result["skipped_steps"])))
     if result["workers_lost"]:
@@ -102,6 +107,8 @@ def status_rows(job: Figures) -> list[tuple[str, str]]:
             f"mean {number(staleness['mean'], 2)}, median {staleness['p50']}, 95% {staleness['p95']}, "
             f"largest {staleness['max']}",
         ),
+        ("residuals", f"norm {number(job['residual_norm'], 4)}"),
+        ("replica", f"{count(job['editions'])} editions, {number(100 * job['replica_distance'], 2)}% from the weights"),
         ("queues", _pairs(queues)),
         ("survived", _pairs({"examples repeated": job["examples_repeated"], **faults})),
         ("refused", _pairs(job["refusals"]) or "nothing"),
@@ -109,10 +116,14 @@ def status_rows(job: Figures) -> list[tuple[str, str]]:
 
 
 def _way(job: Figures, way: str, past: str) -> str:
-    return (
-        f"{byte_size(job[f'{past}_bytes_a_second'])}/s, {byte_size(job[f'{past}_bytes'])} in all, "
-        f"{number(job[f'{way}_bits_an_element'], 2)} bits an element"
-    )
+    return f"{byte_size(job[f'{past}_bytes_a_second'])}/s, {byte_size(job[f'{past}_bytes'])} in all, {_bits(job, way)}"
+
+
+def _bits(figures: Figures, way: str) -> str:
+    """Bits an element one way; encoded and full-precision blocks apart where there are both."""
+    encoded, full = figures[f"{way}_bits_encoded"], figures[f"{way}_bits_full_precision"]
+    text = f"{number(figures[f'{way}_bits_an_element'], 2)} bits an element"
+    return text if encoded is None or full is None else f"{text} ({number(encoded, 2)} of what is encoded)"
 
 
 def _pairs(values: Figures) -> str:

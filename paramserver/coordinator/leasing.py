@@ -54,6 +54,7 @@ class Leasing:
             seed=job.seed,
             state=msgspec.convert(state, LeaseState) if state else None,
             done=[result.done.number for result in results],
+            sources=("weights",) if job.pull.is_fresh else ("weights", "replica"),
         )
         self.sums: dict[str, dict[str, float]] = {}
         """By split: leases, examples, steps, elements, loss_sum (nats), skipped_steps of what is done."""

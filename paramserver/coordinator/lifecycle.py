@@ -89,7 +89,7 @@ class JobRun:
         self._entered = now
         self._settled_at = now + settle_seconds
         self._shards_due_at = now + (RETURN_SECONDS if settle_seconds else 0.0)
-        self._drained_at = now
+        self._drained_at: float | None = None
         self.seconds: dict[str, float] = {}
         self._restore(documents, list(results))
 
@@ -163,9 +163,7 @@ class JobRun:
                     if self.book.left("train") == 0 or self.has_enough_steps():
                         self.enter("draining", now)
                 case "draining":
-                    if all(map(self._has_drained, workers)):
-                        self._drained_at = now
-                        self.enter("evaluating", now)
+                    self._advance_draining(shards, workers, now)
                 case "evaluating":
                     if self.book.left("evaluate") == 0:
                         self.enter("exporting", now)
@@ -181,14 +179,31 @@ class JobRun:
         if reports is not None and all(report.initialised_blocks == report.blocks for report in reports):
             self.enter("training", now)
 
+    def _advance_draining(self, shards: list[Session], workers: list[Session], now: float) -> None:
+        """Over when all residuals are in, and the shards have spoken since and published what they hold."""
+        if not all(map(self._has_drained, workers)):
+            self._drained_at = None
+            return
+        if self._drained_at is None:
+            self._drained_at = now
+        placed = [session for session in shards if self._placed(session.name)]
+        is_published = all(
+            session.heard_at > self._drained_at
+            and isinstance(session.report, ShardReport)
+            and session.report.job == self.record.id
+            and not session.report.unpublished
+            for session in placed
+        )
+        if placed and is_published:
+            self.enter("evaluating", now)
+
     def _advance_exporting(self, shards: list[Session], now: float) -> None:
         if not self.export.is_complete:
             if self.book.left("export") == 0:
                 self.fail("a worker called the export done before its bytes had arrived; submit the job again", now)
             return
-        # The result counts every update: the shards have spoken since the last one was acknowledged.
-        if all(session.heard_at > self._drained_at for session in shards if self._placed(session.name)):
-            self.enter("done", now)
+        # The result counts every update: the shards have spoken since the last one was acknowledged (draining).
+        self.enter("done", now)
 
     def _miss_shards(self, shards: list[Session], now: float) -> None:
         """After a restart: shards that were not heard of again in time."""

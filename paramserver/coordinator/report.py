@@ -12,6 +12,7 @@ from paramserver.coordinator.effects import JobRecord
 from paramserver.coordinator.lifecycle import JobRun
 from paramserver.coordinator.sessions import Session
 from paramserver.coordinator.telemetry import Telemetry, bits, plain, ratio
+from paramserver.router.leases import EVALUATED_SPLITS, split_name
 
 
 def job_figures(run: JobRun, waiting: str, now: float) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def job_figures(run: JobRun, waiting: str, now: float) -> dict[str, Any]:
         **{f"{name}_a_second": rate for name, rate in rates.items()},
         **telemetry.traffic(),
         "staleness": telemetry.staleness(),
+        "layers": telemetry.layers(),
         "residual_norm": telemetry.residual_norm(),
         "queues": telemetry.queues(),
         "faults": {**telemetry.faults(), "workers_lost": len(run.workers_lost)},
@@ -69,6 +71,7 @@ def job_result(run: JobRun, coordinator_refusals: dict[str, int], now: float) ->
         "train": _loss(train),
         "valid": _loss(_mean_loss(run, "valid")),
         "test": _loss(_mean_loss(run, "test")),
+        "replica": {split: _loss(_mean_loss(run, split_name(split, "replica"))) for split in EVALUATED_SPLITS},
         "steps": run.steps(),
         "examples": _examples(run),
         "examples_repeated": run.book.examples_repeated,
@@ -77,6 +80,7 @@ def job_result(run: JobRun, coordinator_refusals: dict[str, int], now: float) ->
         "seconds_by_state": run.seconds_by_state(now),
         "staleness": {"all": staleness["all"], "by_worker": staleness["by_worker"]},
         **telemetry.traffic(),
+        "layers": telemetry.layers(),
         "refusals": {"shards": telemetry.refusals(), "coordinator": coordinator_refusals},
         "faults": telemetry.faults(),
         "workers_lost": list(run.workers_lost),
@@ -97,11 +101,13 @@ def empty_result(record: JobRecord) -> dict[str, Any]:
         "reason": record.reason,
         "symbol": "element",
         **{split: _loss(None) for split in ("train", "valid", "test")},
+        "replica": {split: _loss(None) for split in EVALUATED_SPLITS},
         **dict.fromkeys(("steps", "examples", "examples_repeated", "skipped_steps"), 0),
         "seconds": 0.0,
         "seconds_by_state": {},
         "staleness": {"all": staleness["all"], "by_worker": {}},
         **telemetry.traffic(),
+        "layers": {},
         "refusals": {"shards": {}, "coordinator": {}},
         "faults": telemetry.faults(),
         "workers_lost": [],

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from paramserver.protocol.messages import ShardReport, StalenessRow, WorkerReport
+from paramserver.encoding.layers import FULL_PRECISION
+from paramserver.protocol.messages import ShardReport, StalenessRow, TrafficRow, WorkerReport
 from paramserver.shard.staleness import LOWER_EDGES, add_counts, summarise
 
 RATE_SECONDS = 5.0  # rates are means over the last so many seconds
@@ -88,18 +89,52 @@ class Telemetry:
         }
 
     def traffic(self) -> dict[str, Any]:
-        """Bytes and resolution each way, over the whole job."""
+        """Bytes and resolution each way, over the whole job; encoded and full-precision blocks also apart.
+
+        The bits of a pull are those of an element and pull, whatever came of it: a snapshot, some deltas, nothing.
+        """
         shards = list(self.shards.values())
+        rows = [row for report in shards for row in report.traffic]
         figures: dict[str, Any] = {
             "pushed_bytes": sum(report.bytes_in for report in shards),
             "pulled_bytes": sum(report.bytes_out for report in shards),
         }
         for way in ("push", "pull"):
-            payload = sum(getattr(report, f"{way}_payload_bytes") for report in shards)
-            elements = sum(getattr(report, f"{way}_elements") for report in shards)
-            figures[f"{way}_bits_an_element"] = ratio(8 * payload, elements)
+            own = [row for row in rows if row.way == way]
+            encoded = [row for row in own if row.encoding != FULL_PRECISION]
+            figures[f"{way}_bits_an_element"] = _bits(own)
+            figures[f"{way}_bits_encoded"] = _bits(encoded)
+            figures[f"{way}_bits_full_precision"] = _bits([row for row in own if row.encoding == FULL_PRECISION])
+            payload, elements = sum(row.payload_bytes for row in own), sum(row.elements for row in own)
             figures[f"{way}_compression"] = ratio(4 * elements, payload)
+        figures["snapshots"] = sum(row.snapshots for row in rows)
+        figures["snapshot_bytes"] = sum(row.snapshot_bytes for row in rows)
+        figures["editions"] = sum(report.editions for report in shards)
+        figures["replica_distance"] = max((finite(report.replica_distance) for report in shards), default=0.0)
         return figures
+
+    def layers(self) -> dict[str, Any]:
+        """What each group's blocks cost, by way and encoding: where the bits go."""
+        found: dict[str, Any] = {}
+        for report in self.shards.values():
+            for row in report.traffic:
+                ways = found.setdefault(row.group, {"push": {}, "pull": {}})
+                if row.way in ways:
+                    ways[row.way].setdefault(row.encoding, []).append(row)
+        return {
+            group: {
+                way: {
+                    encoding: {
+                        "bits_an_element": _bits(rows),
+                        "payload_bytes": sum(row.payload_bytes for row in rows),
+                        "snapshots": sum(row.snapshots for row in rows),
+                    }
+                    for encoding, rows in encodings.items()
+                }
+                for way, encodings in ways.items()
+            }
+            for group, ways in sorted(found.items())
+        }
 
     def staleness(self) -> dict[str, Any]:
         """In all and by worker, shard and group."""
@@ -155,6 +190,9 @@ class Telemetry:
                 "pulls": report.pulls,
                 "parked_pulls": report.parked_pulls,
                 "pending_updates": report.pending_updates,
+                "unpublished": report.unpublished,
+                "editions": report.editions,
+                "replica_distance": finite(report.replica_distance),
                 "bytes_in": report.bytes_in,
                 "bytes_out": report.bytes_out,
                 "waiting_seconds": finite(report.waiting_seconds),
@@ -200,6 +238,12 @@ class Telemetry:
     def residual_norm(self) -> float:
         """Of all workers' residuals taken as one vector."""
         return math.hypot(*(finite(report.residual_norm) for report in self.workers.values()))
+
+
+def _bits(rows: Iterable[TrafficRow]) -> float | None:
+    """Bits an element; None where no element was sent."""
+    rows = list(rows)
+    return ratio(8 * sum(row.payload_bytes for row in rows), sum(row.elements for row in rows))
 
 
 def _summary(rows: Iterable[StalenessRow]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ millions of examples and many epochs cost memory for neither.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -22,12 +22,18 @@ import numpy.typing as npt
 from paramserver.protocol.messages import Lease
 
 Kind = Literal["initialise", "train", "evaluate", "export"]
+Source = Literal["replica", "weights"]
 Outcome = Literal["done", "duplicate", "late", "unknown"]
 
 UNIT_BITS = 40
 MAX_UNITS = 2**UNIT_BITS
 _UNIT_MASK = MAX_UNITS - 1
 EVALUATED_SPLITS = ("valid", "test")
+
+
+def split_name(split: str, source: Source = "weights") -> str:
+    """The name under which results of a split are added up."""
+    return f"replica:{split}" if source == "replica" and split in EVALUATED_SPLITS else split
 
 
 class LeaseError(ValueError):
@@ -99,17 +105,25 @@ class LeaseBook:
         batch: examples of a lease; the last one of an epoch or split may be shorter.
         epochs: passes over the split "train".
         seed: of the order of examples.
+        sources: what is evaluated: the shards' weights, and the published replica where there is one.
         state, done: what an earlier book had come to (`state` property; units or lease numbers that are done).
             Units that were granted and are not done wait to be adopted. Granted again they count as repeated,
             begun or not: while nobody listened, their holder may have begun any of them.
     """
 
     def __init__(
-        self, batch: int, epochs: int, seed: int, state: LeaseState | None = None, done: Iterable[int] = ()
+        self,
+        batch: int,
+        epochs: int,
+        seed: int,
+        state: LeaseState | None = None,
+        done: Iterable[int] = (),
+        sources: Sequence[Source] = ("weights",),
     ) -> None:
         if batch < 1 or epochs < 1:
             raise LeaseError(f"batch {batch} and epochs {epochs} must both be at least 1")
         self._batch, self._epochs, self._seed = batch, epochs, seed
+        self._sources = tuple(sources)
         self._examples: dict[str, int] = {}
         self._batches: dict[str, int] = {}
         self._restored = state
@@ -131,7 +145,7 @@ class LeaseBook:
             raise LeaseError("the split 'train' has no example; there is nothing to train on")
         batches = {split: -(-count // self._batch) for split, count in examples.items()}
         trained = self._epochs * batches["train"]
-        evaluated = sum(batches.get(split, 0) for split in EVALUATED_SPLITS)
+        evaluated = len(self._sources) * sum(batches.get(split, 0) for split in EVALUATED_SPLITS)
         if 2 + trained + evaluated > MAX_UNITS:
             raise LeaseError(
                 f"{self._epochs} epochs of {batches['train']} leases are more than {MAX_UNITS} leases; "
@@ -226,13 +240,16 @@ class LeaseBook:
         return "done"
 
     def describe(self, number: int) -> tuple[Kind, str, int] | None:
-        """Kind, split and number of examples of a lease that was granted; None for any other number."""
+        """Kind, split and number of examples of a lease that was granted; None for any other number.
+
+        A split of the published replica is called "replica:valid", "replica:test".
+        """
         found = self._find(number)
         if found is None:
             return None
         kind = next(kind for kind, pool in self._pools.items() if pool is found[0])
         lease = self._lease(kind, *found)
-        return kind, lease.split, len(lease.examples)
+        return kind, split_name(lease.split, lease.source), len(lease.examples)
 
     def adopt(self, worker: str, number: int) -> bool:
         """A worker says that it holds the lease. False when the unit is done, another's, or was never granted."""
@@ -308,11 +325,13 @@ class LeaseBook:
             examples = tuple(order[first : first + self._batch].tolist())
             return Lease(number, "train", epoch=epoch, examples=examples)
         if kind == "evaluate":
+            source, position = divmod(position, sum(self._batches.get(split, 0) for split in EVALUATED_SPLITS))
             split = "valid" if position < self._batches.get("valid", 0) else "test"
             position -= 0 if split == "valid" else self._batches.get("valid", 0)
             first = position * self._batch
             last = min(first + self._batch, self._examples[split])
-            return Lease(number, "evaluate", examples=tuple(range(first, last)), split=split)
+            examples = tuple(range(first, last))
+            return Lease(number, "evaluate", examples=examples, split=split, source=self._sources[source])
         return Lease(number, kind)
 
 
