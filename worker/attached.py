@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from models.task import Parameter
-from paramserver.encoding import EncodingOptions, make_encoding
+from paramserver.job import PushSettings
 from paramserver.protocol.messages import ShardAddress
 from paramserver.protocol.transport import Transport
 from worker.client import Identity
@@ -48,6 +48,13 @@ class Attached:
         """Write the shards' present values into the model, and wait for it."""
         self._exchange.pull(self.counters.steps)
         self._editions = self.replica.editions.copy()
+
+    def evaluate(self) -> None:
+        """Write the shards' own weights into the model, at full precision, to evaluate or to keep it.
+
+        `pull` brings the replica back before training goes on.
+        """
+        self._exchange.pull(self.counters.steps, "weights")
 
     def push(self, gradients: Mapping[str, Tensor]) -> None:
         """Push gradients by parameter name, computed on what the last call left in the model.
@@ -92,9 +99,7 @@ def attach(
     worker: str,
     incarnation: int | None = None,
     term: int = 0,
-    encoding: str = "fp32",
-    tile: int = 64,
-    deadline_seconds: float = 5.0,
+    push: PushSettings | None = None,
     transport: Transport | None = None,
 ) -> Attached:
     """Connect a model to the shards that hold its blocks.
@@ -103,7 +108,8 @@ def attach(
         model: its float32 parameters, in layout order. The layout must be the one that the shards serve.
         shards: where each block is; together every block once.
         incarnation: must grow with every process of this worker name; the wall clock where it is not given.
-        encoding, tile: of updates; the job must allow it.
+        push: how updates are encoded, as the job has it, for example PushSettings(encoding="int4"); its defaults
+            where it is not given.
         transport: where it is not given, ZeroMQ, closed with the result.
 
     Raises ValueError for parameters that are not float32, TransportError for an address that is none.
@@ -114,6 +120,7 @@ def attach(
         parameters = from_module(model)
     else:
         parameters = model
+    push = push or PushSettings()
     replica = Replica(parameters)
     owned: Transport | None = None
     if transport is None:
@@ -129,7 +136,7 @@ def attach(
         ),
         term,
         replica,
-        Codec(make_encoding(encoding, EncodingOptions(tile=tile)), deadline_seconds),
+        Codec(push.encodings(replica.layout), push.deadline_seconds),
         counters,
     )
     return Attached(replica, exchange, counters, owned)

@@ -60,7 +60,7 @@ class Sink(Protocol):
     def renumbered(self, block: int, sequence: int) -> None:
         """An update that asked for its sequence has got it and is on its way again."""
 
-    def value(self, value: BlockValue, frame: memoryview | None) -> bool:
+    def value(self, value: BlockValue, frames: Sequence[memoryview]) -> bool:
         """A block's value came; False where it is unusable and must be asked for again."""
 
     def completed(self, request: Request) -> None:
@@ -256,9 +256,9 @@ class ShardClient:
             return
         position = 0
         for value in pulled.values:
-            frame = frames[position] if value.frames else None
+            own = frames[position : position + value.frames]
             position += value.frames
-            if value.block in request.awaited and self._sink.value(value, frame):
+            if value.block in request.awaited and self._sink.value(value, own):
                 request.awaited.discard(value.block)
         request.is_held = False
         if request.awaited:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,7 @@ COMPLAIN_SECONDS = 10.0
 FP32_BYTES = 4
 
 Editions = npt.NDArray[np.int64]
+Source = Literal["replica", "weights"]
 
 
 def always_go_on() -> None:
@@ -52,9 +53,9 @@ def always_go_on() -> None:
 
 @dataclass(frozen=True)
 class Codec:
-    """How updates are encoded, and how long an answer may take."""
+    """How the updates of each block are encoded, and how long an answer may take."""
 
-    encoding: Encoding
+    encodings: Sequence[Encoding]  # (blocks,)
     deadline_seconds: float = 5.0
 
 
@@ -87,7 +88,7 @@ class Exchange:
         self._identity = identity
         self._term = term
         self._replica = replica
-        self._encoding = codec.encoding
+        self._encodings = codec.encodings
         self._fp32 = make_encoding("fp32")
         self._counters = counters
         # (blocks,): the last sequence pushed
@@ -95,6 +96,7 @@ class Exchange:
         self._guard = guard
         self._clock = clock
         self._pool = BufferPool()
+        self._encoded = 0  # frames: the seed of the next one's rounding
         self._last_request = 0
         self._clients: list[ShardClient] = []
         self._cuts: list[list[tuple[int, ...]]] = []  # by shard: the blocks of each message
@@ -125,15 +127,20 @@ class Exchange:
             if not any(block in views for cut in cuts for block in cut):
                 client.tick(step)
 
-    def pull(self, step: int) -> None:
-        """Bring every block up to date and wait for it."""
-        self.ask(step)
+    def pull(self, step: int, source: Source = "replica") -> None:
+        """Bring every block up to date and wait for it.
+
+        Source "weights" writes the shards' own weights at full precision, which are no replica: the next pull
+        without it brings the replica back.
+        """
+        self.ask(step, source)
         self.settle()
 
-    def ask(self, step: int) -> None:
-        """Ask for fresh values of all blocks, without waiting: what a step without an update does."""
+    def ask(self, step: int, source: Source = "replica") -> None:
+        """The same without waiting: what a step without an update does."""
         self._post(
-            (client, Request(self._pull_message(cut, step), awaited=set(cut))) for client, cut in self._interleaved()
+            (client, Request(self._pull_message(cut, step, source), awaited=set(cut)))
+            for client, cut in self._interleaved()
         )
 
     def tick(self, step: int) -> None:
@@ -189,7 +196,8 @@ class Exchange:
                     frames = [self._encode(client, self._fp32, self.residuals.of(block)) for block in blocks]
                     for block in blocks:
                         self.residuals.clear(block)
-                    yield client, self._push(blocks, frames, self._fp32, self._replica.editions, step, wants=())
+                    full = [self._fp32] * len(blocks)
+                    yield client, self._push(blocks, frames, full, self._replica.editions, step, wants=())
 
         self._post(requests())
         self.settle_pushes()
@@ -221,24 +229,25 @@ class Exchange:
             if not blocks:
                 yield client, Request(self._pull_message(cut, step), awaited=set(cut))
                 continue
+            encodings = [self._encodings[block] for block in blocks]
             frames = []
-            for block in blocks:
+            for block, encoding in zip(blocks, encodings, strict=True):
                 # A lossless encoding needs a residual only where a refused update was taken back.
-                residual = self.residuals.find(block) if self._encoding.lossless else self.residuals.of(block)
-                frames.append(self._encode(client, self._encoding, gradients[block], residual))
-            yield client, self._push(blocks, frames, self._encoding, editions, step, self._wants(cut))
+                residual = self.residuals.find(block) if encoding.lossless else self.residuals.of(block)
+                frames.append(self._encode(client, encoding, gradients[block], residual))
+            yield client, self._push(blocks, frames, encodings, editions, step, self._wants(cut))
 
     def _push(
         self,
         blocks: list[int],
         frames: list[Bytes],
-        encoding: Encoding,
+        encodings: Sequence[Encoding],
         editions: Editions,
         step: int,
         wants: tuple[Want, ...],
     ) -> Request:
         updates = []
-        for block in blocks:
+        for block, encoding in zip(blocks, encodings, strict=True):
             self._sequences[block] += 1
             edition = int(editions[block])
             updates.append(BlockUpdate(block, int(self._sequences[block]), max(edition, 0), encoding.identifier))
@@ -249,8 +258,8 @@ class Exchange:
             awaited={want.block for want in wants},
         )
 
-    def _pull_message(self, cut: Sequence[int], step: int) -> Pull:
-        return Pull(**self._head(step), wants=self._wants(cut))
+    def _pull_message(self, cut: Sequence[int], step: int, source: Source = "replica") -> Pull:
+        return Pull(**self._head(step), wants=self._wants(cut), source=source)
 
     def _wants(self, cut: Sequence[int]) -> tuple[Want, ...]:
         return tuple([Want(block, int(self._replica.editions[block])) for block in cut])
@@ -277,8 +286,8 @@ class Exchange:
         residual: npt.NDArray[np.float32] | None = None,
     ) -> Bytes:
         frame = self._pool.take(encoding.frame_bytes(values.size), client.channel.memory())
-        encoding.encode(values, frame, residual)
-        return frame
+        self._encoded += 1
+        return self._pool.trim(frame, encoding.encode(values, frame, residual, seed=self._encoded))
 
     # ---------------------------------------------------------- the answers (see Sink)
 
@@ -296,15 +305,22 @@ class Exchange:
         """The shard said which sequence is next, and the update that asked carries it now."""
         self._sequences[block] = sequence
 
-    def value(self, value: BlockValue, frame: memoryview | None) -> bool:
+    def value(self, value: BlockValue, frames: Sequence[memoryview]) -> bool:
         """Write a pulled value into the replica. Raises JobFailure where the weights are not finite."""
         if value.kind == "current":
             return int(self._replica.editions[value.block]) == value.edition
-        if value.kind != "snapshot" or frame is None:
+        if not frames or (value.kind != "deltas" and len(frames) != 1):
             self._counters.refusals["malformed"] += 1
             return False
+        arrays = [np.frombuffer(frame, np.uint8) for frame in frames]
         try:
-            self._replica.write(value.block, value.edition, value.encoding, np.frombuffer(frame, np.uint8))
+            if value.kind == "deltas":
+                return self._replica.apply_deltas(value.block, value.edition, value.encoding, arrays)
+            if value.kind == "weights":
+                self._replica.forget(value.block)
+            self._replica.write(value.block, value.edition, value.encoding, arrays[0])
+            if value.kind == "weights":
+                self._replica.forget(value.block)
         except EncodingError as error:
             self._counters.refusals[error.code] += 1
             if error.code == "not-finite":

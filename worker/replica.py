@@ -68,6 +68,35 @@ class Replica:
         self.editions[block] = edition
         return True
 
+    def apply_deltas(self, block: int, edition: int, encoding: str, frames: Sequence[npt.NDArray[np.uint8]]) -> bool:
+        """Add the deltas that lead to `edition`, one edition each; those that are held already are left out.
+
+        False, and no change, where they do not begin at what is held: ask again. Raises EncodingError for a frame
+        that is none of this block; nothing is written then.
+        """
+        held = int(self.editions[block])
+        missing = edition - held
+        if held < 0 or missing > len(frames):
+            return False
+        place = self.layout.blocks[block]
+        member: Encoding = _encoding(encoding)
+        for frame in frames:
+            member.check(frame, place.elements)
+        view = self._views.get(place.parameter)
+        values = self.values(block) if view is None else view[place.start : place.start + place.elements]
+        for frame in frames[len(frames) - missing :] if missing > 0 else ():
+            # One after another: a sum of deltas would round differently from the published replica.
+            member.decode_add(frame, values)
+        if missing > 0:
+            if view is None:
+                self._write_staged(place, values)
+            self.editions[block] = edition
+        return True
+
+    def forget(self, block: int) -> None:
+        """What is held of this block is no edition any more: the next pull brings a snapshot."""
+        self.editions[block] = -1
+
     def _write_staged(self, place: layouts.Block, staged: Float32) -> None:
         tensor = self._tensors[place.parameter]
         values = torch.from_numpy(staged)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from math import inf
 
 from models.task import Task
-from paramserver.encoding import EncodingOptions, make_encoding
 from paramserver.job import Job
 from paramserver.process import StopRequest, log
 from paramserver.protocol.messages import Lease, LeaseDone
@@ -21,6 +20,7 @@ from worker.client import Identity
 from worker.desk import Desk, JobState, Upload
 from worker.errors import Abandoned, JobFailure
 from worker.exchange import Codec, Exchange
+from worker.local_optimizer import LocalOptimizer
 from worker.replica import Replica
 from worker.train import Trainer
 
@@ -108,6 +108,7 @@ class JobWork:
         self._stop_at: float | None = None
         self._job = Job.model_validate_json(state.order.specification)
         self._exchange: Exchange | None = None
+        self._optimizer: LocalOptimizer | None = None
         self._task: Task
         self._replica: Replica
 
@@ -174,7 +175,8 @@ class JobWork:
         self._enter("train")
         settings = self._job
         clip, patience = settings.optimizer.clip, PATIENCE[settings.push.overlap]
-        Trainer(self._task, self._replica, exchange, self, self._state.counters, clip, patience).run()
+        counters, optimizer = self._state.counters, self._local_optimizer()
+        Trainer(self._task, self._replica, exchange, self, counters, clip, patience, optimizer).run()
 
     def _drain(self) -> None:
         if not self._state.drained:
@@ -190,14 +192,14 @@ class JobWork:
 
     def _evaluate(self) -> None:
         self._enter("evaluate")
-        has_fresh_weights = False
+        held = ""
         while self._is_stage("evaluate"):
             lease = self._begin("evaluate")
             if lease is None:
                 continue
-            if not has_fresh_weights:
-                self._connect().pull(self._state.counters.steps)
-                has_fresh_weights = True
+            if held != lease.source:
+                self._connect().pull(self._state.counters.steps, lease.source)
+                held = lease.source
             self._desk.finish_lease(self._state, stages.evaluate(self._task, lease, self._guard_stop))
 
     def _export(self) -> None:
@@ -205,7 +207,7 @@ class JobWork:
         if lease is None:
             return
         self._enter("export")
-        self._connect().pull(self._state.counters.steps)
+        self._connect().pull(self._state.counters.steps, "weights")
         upload = Upload(lease.number, memoryview(stages.export_bytes(self._task)))
 
         def offer() -> None:
@@ -237,6 +239,13 @@ class JobWork:
 
     # ----------------------------------------------------------------------- helpers
 
+    def _local_optimizer(self) -> LocalOptimizer | None:
+        """This worker's own optimiser, made once and kept over all its leases; None where the shards have it."""
+        settings = self._job.optimizer
+        if settings.where == "worker" and self._optimizer is None:
+            self._optimizer = LocalOptimizer(settings, self._task.parameters())
+        return self._optimizer
+
     def _connect(self) -> Exchange:
         """The exchange with the shards of the order's placement, made once."""
         if self._exchange is not None:
@@ -255,7 +264,7 @@ class JobWork:
             Identity(order.job, self._name, self._state.incarnation, layout.fingerprint),
             order.term,
             self._replica,
-            Codec(make_encoding(push.encoding, EncodingOptions(tile=push.tile)), push.deadline_seconds),
+            Codec(push.encodings(layout), push.deadline_seconds),
             self._state.counters,
             self._guard,
             is_resumed=self._is_resumed,

@@ -18,6 +18,7 @@ from paramserver.process import log
 from paramserver.protocol.messages import Lease, LeaseDone
 from worker.counters import Counters
 from worker.exchange import Editions, Exchange
+from worker.local_optimizer import LocalOptimizer
 from worker.replica import Replica
 from worker.task_calls import batches, from_task
 
@@ -126,6 +127,7 @@ class Trainer:
         clip: largest global norm of a step's gradients, None for no limit.
         patience: how long a step waits for its exchange before the next batch is computed, as a share of its
             own computing time. 0 always leaves one exchange in flight, infinity never does.
+        optimizer: where the job has it run on the worker: what is pushed is then the update that the shards add.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class Trainer:
         counters: Counters,
         clip: float | None,
         patience: float,
+        optimizer: LocalOptimizer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.task = task
@@ -146,6 +149,7 @@ class Trainer:
         self.counters = counters
         self.clip = clip
         self.patience = patience
+        self.optimizer = optimizer
         self._clock = clock
         self._residual_at = 0.0
 
@@ -182,7 +186,8 @@ class Trainer:
             return False
         self.counters.saw(step.loss, step.elements)
         clip_(step.gradients, norm, self.clip)
-        self.exchange.begin(step.gradients, editions, clock)
+        update = step.gradients if self.optimizer is None else self.optimizer.updates(step.gradients)
+        self.exchange.begin(update, editions, clock)
         return True
 
     def _look_at_residual(self, now: float) -> None:

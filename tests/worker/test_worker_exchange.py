@@ -7,7 +7,8 @@ import pytest
 import torch
 from worker_rig import DEADLINE_SECONDS, SHAPES, Rig, make_gradients, make_parameters, total
 
-from paramserver.encoding import make_encoding, parse_encoding
+from paramserver.encoding import parse_encoding
+from paramserver.job import PushSettings
 from paramserver.protocol.memory import MemoryNetwork
 from paramserver.protocol.messages import (
     Held,
@@ -393,7 +394,8 @@ def test_large_step_is_cut_and_every_held_part_is_answered(monkeypatch: pytest.M
 
 def test_buffers_are_used_again_after_an_answer() -> None:
     rig = Rig("int8")
-    sizes = [make_encoding("int8").frame_bytes(block.elements) for block in rig.layout.blocks]
+    encodings = PushSettings(encoding="int8").encodings(rig.layout)
+    sizes = [e.frame_bytes(block.elements) for e, block in zip(encodings, rig.layout.blocks, strict=True)]
     rig.step(seed=1, step=1)
     buffers = {id(rig.exchange._pool.take(size)) for size in sizes}
     assert len(buffers) == len(sizes)

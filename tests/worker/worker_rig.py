@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.task import Evaluation, Parameter, Step
-from paramserver.encoding import make_encoding
+from paramserver.job import PushSettings
 from paramserver.protocol.memory import MemoryNetwork
 from paramserver.protocol.messages import Lease, LeaseDone, Member, Message, Push, ShardAddress, ShardOrder
 from paramserver.protocol.transport import Received
@@ -121,7 +121,7 @@ class Rig:
             Identity("job", worker, 1, self.layout.fingerprint),
             1,
             replica or self.replica,
-            Codec(make_encoding(self.encoding), DEADLINE_SECONDS),
+            Codec(PushSettings(encoding=self.encoding).encodings(self.layout), DEADLINE_SECONDS),
             self.counters,
             lambda: self.guard(),
             lambda: self.network.now,
