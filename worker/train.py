@@ -186,7 +186,7 @@ class Trainer:
             return False
         self.counters.saw(step.loss, step.elements)
         clip_(step.gradients, norm, self.clip)
-        update = step.gradients if self.optimizer is None else self.optimizer.updates(step.gradients)
+        update = step.gradients if self.optimizer is None else self.optimizer.step(step.gradients)
         self.exchange.begin(update, editions, clock)
         return True
 
