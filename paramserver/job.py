@@ -105,7 +105,7 @@ class _Encoded(_Section):
 
 
 class PushSettings(_Encoded):
-    encoding: str = "fp32"  # of updates
+    encoding: str = "int4"  # of updates
     density: Annotated[float, Field(gt=0, le=1)] = 0.01  # topk: share of the elements that go out
     rounding: Literal["nearest", "stochastic"] = "nearest"
     overlap: Literal["auto"] | bool = "auto"  # compute the next batch meanwhile; auto: only where an exchange is slow
@@ -117,7 +117,7 @@ class PushSettings(_Encoded):
 
 
 class PullSettings(_Encoded):
-    encoding: str = "fp32"  # of published deltas, or of fresh weights: fp32 or bf16
+    encoding: str = "ternary"  # of published deltas, or of fresh weights: fp32 or bf16
     fresh: bool | None = None  # true: the weights as they are now; absent: true with fp32 and bf16
     publish_every: Annotated[int, Field(ge=1)] | None = None  # updates of a block; absent: half the active pushers
     publish_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 0.5  # the longest that an update stays unpublished

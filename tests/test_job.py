@@ -31,7 +31,8 @@ def test_the_smallest_job_gets_every_default() -> None:
     small = job()
     assert (small.cluster.shards, small.cluster.workers) == (2, 2)
     assert small.consistency.mode == "async"
-    assert small.push.encoding == "fp32"
+    assert (small.push.encoding, small.pull.encoding, small.push.tile) == ("int4", "ternary", 64)
+    assert not small.pull.is_fresh
     assert small.model.args["cell"] == "lstm"  # the family's defaults are filled in as well
     assert small.data["name"] == "python-source"
     assert small.data["batch"] == 16
@@ -56,6 +57,14 @@ def test_a_job_cannot_be_changed_once_read() -> None:
         ({"push": {"encodng": "int8"}}, ["job: push.encodng: unknown field", "did you mean 'encoding'?", "tile"]),
         ({"push": {"encoding": "in8"}}, ["job: push: unknown encoding 'in8'", "did you mean 'int8'?", "bf16"]),
         ({"push": {"encoding": "int8", "tile": 63}}, ["job: push: tile 63", "power of two"]),
+        ({"push": {"encoding": "topk", "density": 0}}, ["job: push.density: found 0", "greater than 0"]),
+        ({"push": {"encoding": "sign", "rounding": "stochastic"}}, ["job: push: sign has no stochastic", "int4"]),
+        ({"push": {"layers": {"out.*": "int5"}}}, ["job: push: unknown encoding 'int5'", "did you mean 'int"]),
+        ({"pull": {"encoding": "int8", "fresh": True}}, ["job: pull: fresh weights in 'int8' drift", "'bf16'"]),
+        ({"pull": {"encoding": "bf16", "layers": {"*": "sign"}}}, ["fresh weights in 'sign' drift", "leave fresh out"]),
+        ({"pull": {"encoding": "fp32", "publish_every": 2}}, ["job: pull: publish_every belongs to published"]),
+        ({"pull": {"publish_seconds": 0}}, ["job: pull.publish_seconds: found 0", "0.01"]),
+        ({"optimizer": {"where": "client"}}, ["job: optimizer.where: found 'client'", "'worker'"]),
         ({"optimizer": {"name": "adagrd"}}, ["job: optimizer.name: found 'adagrd'", "did you mean 'adagrad'?"]),
         ({"optimizer": {"lr": -1}}, ["job: optimizer.lr: found -1", "greater than 0"]),
         ({"optimizer": {"lr": 1e39}}, ["job: optimizer.lr: found 1e+39", "less than or equal to 1000"]),
@@ -215,6 +224,8 @@ def test_data_that_is_not_here_is_told_before_anything_starts(monkeypatch: pytes
         ({"optimizer": {"name": "sgd"}}, "loses accuracy with every worker"),
         ({"consistency": {"damping": "sqrt"}}, "helps 'sgd' only"),
         ({"optimizer": {"clip": None}}, "clip is off"),
+        ({"push": {"encoding": "sign"}, "optimizer": {"name": "adam"}}, "use optimizer.where 'worker'"),
+        ({"push": {"layers": {"embed": "ternary"}}}, "'ternary' (2 bits and less) with 'adagrad' on the server"),
     ],
 )
 def test_what_is_known_not_to_converge_warns(sections: dict[str, Any], part: str) -> None:
@@ -228,6 +239,8 @@ def test_what_is_known_not_to_converge_warns(sections: dict[str, Any], part: str
         {"optimizer": {"name": "momentum"}, "cluster": {"workers": 4}, "consistency": {"mode": "sync"}},
         {"optimizer": {"name": "sgd"}, "consistency": {"damping": "sqrt"}},
         {"optimizer": {"name": "sgd", "clip": None}, "cluster": {"workers": 1}},
+        {"push": {"encoding": "sign"}, "optimizer": {"name": "adam", "where": "worker"}},
+        {"optimizer": {"name": "momentum", "where": "worker"}, "cluster": {"workers": 4}},
     ],
 )
 def test_what_is_known_to_work_does_not_warn(sections: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from paramserver.coordinator.leasing import Leasing
 from paramserver.coordinator.placement import PlacedShard, Placement, PlacementError, balance
 from paramserver.coordinator.sessions import Session
 from paramserver.coordinator.telemetry import Telemetry
+from paramserver.encoding.layers import unmatched
 from paramserver.job import Job, symbol_of
 from paramserver.protocol.layout import Layout, LayoutError, check_layout
 from paramserver.protocol.messages import (
@@ -331,6 +332,15 @@ class JobRun:
             self._count("wrong-layout")
             self.fail(f"{session.name!r} declared a layout that no model has: {error}", now)
             return
+        for way, rules in (("push", self.job.push.layers), ("pull", self.job.pull.layers)):
+            if missing := unmatched(report.layout, rules):
+                names = ", ".join(parameter.name for parameter in report.layout.parameters[:20])
+                self.fail(
+                    f"{way}.layers: {missing[0]!r} matches no parameter and no group of the model; its first "
+                    f"parameters are {names}",
+                    now,
+                )
+                return
         try:
             self._set_layout(report.layout, dict(report.examples))
         except LeaseError as error:

@@ -91,7 +91,8 @@ class Telemetry:
     def traffic(self) -> dict[str, Any]:
         """Bytes and resolution each way, over the whole job; encoded and full-precision blocks also apart.
 
-        The bits of a pull are those of an element and pull, whatever came of it: a snapshot, some deltas, nothing.
+        The bits of a pull are those of an element and pull, whatever came of it: some deltas or nothing. Snapshots,
+        for whom the log of deltas does not reach back to, count in the bytes and are told apart.
         """
         shards = list(self.shards.values())
         rows = [row for report in shards for row in report.traffic]
@@ -241,9 +242,10 @@ class Telemetry:
 
 
 def _bits(rows: Iterable[TrafficRow]) -> float | None:
-    """Bits an element; None where no element was sent."""
+    """Bits an element, snapshots left out; None where no element was sent."""
     rows = list(rows)
-    return ratio(8 * sum(row.payload_bytes for row in rows), sum(row.elements for row in rows))
+    payload_bytes = sum(row.payload_bytes - row.snapshot_bytes for row in rows)
+    return ratio(8 * payload_bytes, sum(row.elements - row.snapshot_bytes // 4 for row in rows))
 
 
 def _summary(rows: Iterable[StalenessRow]) -> dict[str, Any]:

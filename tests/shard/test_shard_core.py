@@ -34,6 +34,8 @@ SPECIFICATION: dict[str, object] = {
     "name": "job",
     "model": {"family": "recurrent"},
     "optimizer": {"name": "sgd", "lr": 1.0},
+    "push": {"encoding": "fp32"},
+    "pull": {"encoding": "fp32"},
 }
 
 

@@ -35,7 +35,7 @@ def test_pull_brings_what_a_push_changed() -> None:
     assert rig.replica.editions.tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("encoding", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("encoding", ["fp32", "bf16", "int8", "int4", "fp4", "int2", "ternary", "sign", "topk"])
 def test_every_update_is_applied_once_under_drops_duplicates_and_reordering(encoding: str) -> None:
     network = MemoryNetwork(seed=7, drop=0.15, duplicate=0.15, reorder=0.15, delay=(0.0, 0.05))
     rig = Rig(encoding, network)

@@ -84,6 +84,7 @@ class Rig:
                 "model": {"family": "recurrent"},
                 "optimizer": {"name": "sgd", "lr": 1.0},
                 "push": {"encoding": encoding},
+                "pull": {"encoding": "fp32"},
                 **settings,
             }
         )
