@@ -150,8 +150,8 @@ seed: 1
 model: {{family: recurrent, args: {{task: char-lm, cell: gru, hidden: {hidden}}}}}
 data: {{name: python-source, batch: 4, window: 16, windows: 4, max_chars: {chars}}}
 cluster: {{shards: {shards}, workers: {workers}}}
-push: {{encoding: int8}}
-pull: {{encoding: bf16}}
+push: {{encoding: int4}}
+pull: {{encoding: ternary}}
 stop: {{epochs: {epochs}}}
 """
 
