@@ -47,7 +47,7 @@ def push_only(elements: int, encoding: str, optimizer: str, seconds: float) -> d
     from paramserver.protocol.zeromq import ZeroMQTransport
 
     job = synthetic_job(Ways({"encoding": encoding}, {"encoding": "fp32"}), {"name": optimizer})
-    shapes = {"part0": (elements,)}
+    shapes = {"part0": (1, elements)}
     with Crew() as crew:
         servers, (placed,) = start_shards(crew, shapes, 1, job.json_text())
         layout, transport = layout_of(shapes), ZeroMQTransport()

@@ -42,7 +42,7 @@ DDP_PORT = 29_500  # in a namespace of its own every port is free
 def shapes_of(parameters: int) -> Shapes:
     """A model of so many parameters, as layers."""
     starts = range(0, parameters, LAYER)
-    return {f"layer{number}": (min(LAYER, parameters - start),) for number, start in enumerate(starts)}
+    return {f"layer{number}": (1, min(LAYER, parameters - start)) for number, start in enumerate(starts)}
 
 
 # ------------------------------------------------------------------------------------ ours

@@ -33,10 +33,6 @@ MOST_SLOW = 20.0  # a timed part may take so many times its seconds: one cycle m
 REPORT = "report"
 COUNTED = (  # of a shard's report: what only grows
     "updates",
-    "push_payload_bytes",
-    "push_elements",
-    "pull_payload_bytes",
-    "pull_elements",
     "bytes_in",
     "bytes_out",
     "waiting_seconds",
@@ -61,8 +57,8 @@ class Setting:
 
     @property
     def shapes(self) -> Shapes:
-        """One equal part a shard, so that every server has the same to do."""
-        return {f"part{shard}": (self.elements // self.shards,) for shard in range(self.shards)}
+        """One equal part a shard, so that every server has the same to do; a matrix, since vectors stay in fp32."""
+        return {f"part{shard}": (1, self.elements // self.shards) for shard in range(self.shards)}
 
 
 @dataclass(frozen=True)
@@ -186,6 +182,10 @@ def serve_shard(
 
 def _figures(report: ShardReport, imported_megabytes: float) -> dict[str, float]:
     counted = {name: float(getattr(report, name)) for name in COUNTED}
+    for way in ("push", "pull"):
+        own = [row for row in report.traffic if row.way == way]
+        counted[f"{way}_payload_bytes"] = float(sum(row.payload_bytes for row in own))
+        counted[f"{way}_elements"] = float(sum(row.elements for row in own))
     return {**counted, PEAK: _peak_megabytes() - imported_megabytes}
 
 
@@ -228,7 +228,6 @@ def attach_synthetic(
     from worker.attached import attach
 
     torch.set_num_threads(1)
-    settings = PushSettings.model_validate(push)
     generator = np.random.default_rng(number)
     parameters = [Parameter(name, torch.zeros(shape), "all") for name, shape in shapes.items()]
     gradients = {
@@ -241,9 +240,7 @@ def attach_synthetic(
         job="bench",
         worker=f"worker-{number}",
         term=1,
-        encoding=settings.encoding,
-        tile=settings.tile,
-        deadline_seconds=settings.deadline_seconds,
+        push=PushSettings.model_validate(push),
     ) as attached:
         yield attached, gradients
 
