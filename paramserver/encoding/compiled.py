@@ -58,13 +58,16 @@ def _compiled(function: Function, inline: bool) -> Function:
     folder = cache_folder()
     with _numba_cache(folder):
         # error_model "numpy": a division that may raise is not vectorised.
-        decorate = numba.njit(
+        decorate = cast(Any, numba.njit)(
             nogil=True,
-            cache=folder is not None,
+            # An inner part is compiled into its callers: machine code of its own, in the cache or not, has no use.
+            cache=folder is not None and not inline,
+            no_cpython_wrapper=inline,
+            no_cfunc_wrapper=inline,
+            forceinline=inline,
             fastmath=False,
             boundscheck=False,
             error_model="numpy",
-            forceinline=inline,
         )
         return cast(Function, decorate(function))
 

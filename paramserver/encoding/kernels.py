@@ -42,72 +42,67 @@ def bf16_at(frame, position):
 
 
 @inlined
-def _set(out, i, value):
-    out[i] = value
+def _write_tile(codes, first, count, scale, out, at, add):
+    # An unsigned index spares the test for a negative one.
+    if add:
+        for i in range(count):
+            out[np.uintp(at + i)] += np.float32(codes[np.uintp(first + i)]) * scale
+    else:
+        for i in range(count):
+            out[np.uintp(at + i)] = np.float32(codes[np.uintp(first + i)]) * scale
 
 
 @inlined
-def _add(out, i, value):
-    out[i] += value
-
-
-@inlined
-def _write_tile(write, codes, first, count, scale, out, at):
-    for i in range(count):
-        write(out, np.uintp(at + i), np.float32(codes[np.uintp(first + i)]) * scale)
-
-
-@inlined
-def _write_coded(write, kind, tile, frame, out):
-    """Every element of a frame that has a code for each: a run is unpacked in the cache, then scaled."""
-    elements = out.size
+def _decode_coded(kind, tile, frame, out, add):
+    """A frame with a code for every element: a run is unpacked in the cache, then scaled tile by tile."""
     codes = np.empty(RUN + SPARE, np.int8)
-    codes_at = 2 * ((elements + tile - 1) // tile)
+    codes_at = 2 * ((out.size + tile - 1) // tile)
     unit = unit_of(kind)
-    for start in range(0, elements, RUN):
-        count = min(RUN, elements - start)
+    for start in range(0, out.size, RUN):
+        count = min(RUN, out.size - start)
         unpack_run(kind, frame, codes_at, start, count, codes)
         first = 0
         while first < count:
             scale = bf16_at(frame, 2 * ((start + first) // tile)) * unit
             members = min(tile, count - first)
             if members == WIDTH:
-                _write_tile(write, codes, first, WIDTH, scale, out, start + first)
+                _write_tile(codes, first, WIDTH, scale, out, start + first, add)
             else:
-                _write_tile(write, codes, first, members, scale, out, start + first)
+                _write_tile(codes, first, members, scale, out, start + first, add)
             first += members
 
 
 @inlined
-def _write_all(write, kind, tile, frame, out):
-    elements = out.size
-    if kind == FP32:
-        for i in range(np.uintp(elements)):
-            write(out, i, load(frame, 4 * i, np.float32))
-    elif kind == BF16:
-        for i in range(np.uintp(elements)):
-            write(out, i, bf16_at(frame, 2 * i))
-    elif kind == TOPK:
-        run, kept, first = np.empty(RUN, np.float32), kept_elements(frame, elements), 0
-        for start in range(0, elements, RUN):
-            count = min(RUN, elements - start)
-            first = topk_run(tile, frame, elements, kept, start, count, first, run)
+def _decode_runs(kind, tile, frame, out, add):
+    """Any other frame: a run is decoded in the cache."""
+    run, kept, first = np.empty(RUN, np.float32), 0, 0
+    if kind == TOPK:
+        kept = kept_elements(frame, out.size)
+    for start in range(0, out.size, RUN):
+        count = min(RUN, out.size - start)
+        if kind == TOPK:
+            first = topk_run(tile, frame, out.size, kept, start, count, first, run)
+        elif kind == BF16:
             for i in range(np.uintp(count)):
-                write(out, np.uintp(start) + i, run[i])
+                run[i] = bf16_at(frame, 2 * (start + i))
+        else:
+            for i in range(np.uintp(count)):
+                run[i] = load(frame, 4 * (start + i), np.float32)
+        if add:
+            for i in range(np.uintp(count)):
+                out[np.uintp(start) + i] += run[i]
+        else:
+            for i in range(np.uintp(count)):
+                out[np.uintp(start) + i] = run[i]
+
+
+@kernel
+def decode(kind, tile, frame, out, add):
+    """Decode a whole checked frame into `out`, or add its values to it."""
+    if kind in (FP32, BF16, TOPK):
+        _decode_runs(kind, tile, frame, out, add)
     else:
-        _write_coded(write, kind, tile, frame, out)
-
-
-@kernel
-def decode(kind, tile, frame, out):
-    """Decode a whole checked frame into `out`."""
-    _write_all(_set, kind, tile, frame, out)
-
-
-@kernel
-def decode_add(kind, tile, frame, out):
-    """out += the values of a whole checked frame."""
-    _write_all(_add, kind, tile, frame, out)
+        _decode_coded(kind, tile, frame, out, add)
 
 
 # ------------------------------------------------------------------------------------ encoding

@@ -38,13 +38,13 @@ class CompiledEncoding(Encoding):
         from paramserver.encoding import kernels
 
         frames.expect_float32(out, "out")
-        kernels.decode(self.kind, self.tile, self.sized(frame, out.size), out)
+        kernels.decode(self.kind, self.tile, self.sized(frame, out.size), out, False)
 
     def decode_add(self, frame: Bytes, out: Float32) -> None:
         from paramserver.encoding import kernels
 
         frames.expect_float32(out, "out")
-        kernels.decode_add(self.kind, self.tile, self.sized(frame, out.size), out)
+        kernels.decode(self.kind, self.tile, self.sized(frame, out.size), out, True)
 
     def check(self, frame: Bytes, elements: int) -> None:
         self._check(self.sized(frame, elements), elements)

@@ -80,11 +80,6 @@ def _sweep(step, kind, tile, frame, weights, state, factors):
 
 
 @inlined
-def _add_step(g, i, weights, state, factors):
-    weights[i] += g
-
-
-@inlined
 def _sgd_step(g, i, weights, state, factors):
     weights[i] -= factors[0] * g
 
@@ -132,12 +127,6 @@ def _rmsprop_step(g, i, weights, state, factors):
 
 
 # ------------------------------------------------------------------- whole frames, g: a gradient
-
-
-@kernel
-def decode_add(kind, tile, frame, out):
-    """out += g"""
-    _sweep(_add_step, kind, tile, frame, out, (), ())
 
 
 @kernel

@@ -153,8 +153,7 @@ def make_optimizer(settings: OptimizerSettings) -> Optimizer:
 
 def decode_add(encoding: Encoding, frame: Bytes, out: Float32) -> None:
     """out (n,) += the values of a checked frame, in one pass."""
-    expect_float32(out, "out")
-    kernels.decode_add(encoding.kind, encoding.tile, encoding.sized(frame, out.size), out)
+    encoding.decode_add(frame, out)
 
 
 def warm_up(optimizer: Optimizer, encodings: Iterable[Encoding]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 
 from paramserver.encoding.compiled import primitive
@@ -74,38 +73,3 @@ def reinterpret(typingctx, value, kind):
         return builder.bitcast(arguments[0], context.get_value_type(target))
 
     return target(value, kind), build
-
-
-@primitive
-def sum_of_lanes(typingctx, array, position, above):
-    """The sum of the 64 magnitudes > `above` from array[position] on: halves are added until one lane is left.
-
-    A loop says the same, but the compiler turns it into single additions: here vectors are added.
-    """
-    if not (isinstance(array, types.Array) and array.layout == "C" and array.dtype == types.float32):
-        return None
-
-    def build(context, builder, signature, arguments):
-        buffer = context.make_array(signature.args[0])(context, builder, arguments[0])
-        address = builder.gep(buffer.data, [arguments[1]])
-        width = WIDTH
-        lanes = builder.load(builder.bitcast(address, ir.VectorType(ir.FloatType(), width).as_pointer()))
-        lanes.align = 4
-        integers = ir.VectorType(ir.IntType(32), width)
-        mask = ir.Constant(integers, [int(MAGNITUDE)] * width)
-        lanes = builder.bitcast(builder.and_(builder.bitcast(lanes, integers), mask), lanes.type)
-        one = builder.insert_element(ir.Constant(lanes.type, ir.Undefined), arguments[2], ir.IntType(32)(0))
-        limit = builder.shuffle_vector(one, one, ir.Constant(integers, [0] * width))
-        lanes = builder.select(builder.fcmp_ordered(">", lanes, limit), lanes, ir.Constant(lanes.type, [0.0] * width))
-        while width > 1:
-            width //= 2
-            halves = [
-                builder.shuffle_vector(
-                    lanes, lanes, ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(first, first + width)))
-                )
-                for first in (0, width)
-            ]
-            lanes = builder.fadd(*halves)
-        return builder.extract_element(lanes, ir.IntType(32)(0))
-
-    return types.float32(array, types.intp, types.float32), build

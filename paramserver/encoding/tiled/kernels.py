@@ -15,12 +15,12 @@ from paramserver.encoding.compiled import inlined, kernel
 from paramserver.encoding.memory.kernels import RUN, SPARE, WIDTH, reinterpret, store
 from paramserver.encoding.packing.kernels import pack
 from paramserver.encoding.scales.kernels import (
-    scale_2_signed,
-    scale_6,
-    scale_7,
-    scale_127,
-    scale_mean,
-    scale_mean_of_large,
+    scales_2_signed,
+    scales_6,
+    scales_7,
+    scales_127,
+    scales_mean,
+    scales_mean_of_large,
 )
 
 # Adding 1.5 * 2**23 rounds a float32 to an integer, half to even; the low bits of the sum are the integer.
@@ -61,33 +61,34 @@ def _within(code, low, high):
 
 
 @inlined
-def _code_int8(round_to_integer, scaled, counter, key):
-    return _within(round_to_integer(scaled, counter, key), -127, 127)
+def _code_int8(round_to_integer, total, inverse, counter, key):
+    return _within(round_to_integer(np.float32(total * inverse), counter, key), -127, 127)
 
 
 @inlined
-def _code_int4(round_to_integer, scaled, counter, key):
-    return _within(round_to_integer(scaled, counter, key), -7, 7)
+def _code_int4(round_to_integer, total, inverse, counter, key):
+    return _within(round_to_integer(np.float32(total * inverse), counter, key), -7, 7)
 
 
 @inlined
-def _code_int2(round_to_integer, scaled, counter, key):
-    return _within(round_to_integer(scaled, counter, key), -2, 1)
+def _code_int2(round_to_integer, total, inverse, counter, key):
+    return _within(round_to_integer(np.float32(total * inverse), counter, key), -2, 1)
 
 
 @inlined
-def _code_ternary(round_to_integer, scaled, counter, key):
-    return _within(round_to_integer(scaled, counter, key), -1, 1)
+def _code_ternary(round_to_integer, total, inverse, counter, key):
+    return _within(round_to_integer(np.float32(total * inverse), counter, key), -1, 1)
 
 
 @inlined
-def _code_sign(round_to_integer, scaled, counter, key):
-    return np.int32(-1) if scaled < np.float32(0) else np.int32(1)
+def _code_sign(round_to_integer, total, inverse, counter, key):
+    return np.int32(-1) if total < np.float32(0) else np.int32(1)
 
 
 @inlined
-def _code_fp4(round_to_integer, scaled, counter, key):
+def _code_fp4(round_to_integer, total, inverse, counter, key):
     """Twice the E2M1 value: its magnitudes lie half a unit apart up to 2, then one, from 4 on two."""
+    scaled = np.float32(total * inverse)
     magnitude = np.abs(scaled)
     finer = _ONE if magnitude >= _TWO else _TWO
     finer = _HALF if magnitude >= np.float32(4) else finer
@@ -139,80 +140,63 @@ def _digit_fp4(code):
 
 
 @inlined
-def _take(values, residual, start, count, totals):
-    """values + residual of [start, start + count) to the front of totals, filled up with zeros to a whole WIDTH."""
-    if residual.size > 0:
-        for i in range(np.uintp(count)):
-            totals[i] = values[np.uintp(start) + i] + residual[np.uintp(start) + i]
-    else:
-        for i in range(np.uintp(count)):
-            totals[i] = values[np.uintp(start) + i]
-    for i in range(count, (count + WIDTH - 1) // WIDTH * WIDTH):
-        totals[i] = np.float32(0)
-
-
-@inlined
-def _find_scales(scale_of, tile, whole, totals, count, lanes, scales, inverses):
-    """Each tile's scale waits for two divisions; side by side they overlap."""
-    tiles = (count + tile - 1) // tile
-    for k in range(tiles):
-        first = k * tile
-        members = tile if whole else min(tile, count - first)
-        scales[k] = reinterpret(np.uint32(scale_of(tile, totals, first, members, lanes)), np.float32)
-    for k in range(tiles):
-        inverses[k] = _ONE / scales[k] if scales[k] != np.float32(0) else np.float32(0)
-
-
-@inlined
-def _round_tile(code_of, digit_of, unit, rounding, totals, digits, first, place, count, scale, inverse, counter, key):
+def _round_part(code_of, digit_of, unit, rounding, totals, first, count, digits, place, scale, inverse, counter, key):
     """Digits of totals[first : first + count], all of one tile, to `place` and on; totals keep the rest."""
     step = np.float32(scale * unit)
     for i in range(count):
         total = totals[np.uintp(first + i)]
-        code = code_of(rounding, np.float32(total * inverse), np.uint32(counter + i), key)
+        code = code_of(rounding, total, inverse, np.uint32(counter + i), key)
         digits[np.uintp(place + i)] = digit_of(code)
         totals[np.uintp(first + i)] = total - np.float32(code) * step
 
 
 @inlined
-def _encode(scale_of, code_of, digit_of, unit, places, rounding, tile, values, residual, frame, seed):
-    """Encode values + residual; where there is a residual it becomes what the frame does not hold."""
+def _encode(find_scales, code_of, digit_of, unit, places, rounding, tile, values, residual, frame, seed):
+    """Encode values + residual; where there is a residual it becomes what the frame does not hold.
+
+    Sums lie in the residual itself, without one in a buffer of one chunk: a run, or a longer tile.
+    """
     elements = values.size
     key = (np.uint32(seed & np.int64(0xFFFFFFFF)), np.uint32((seed >> np.int64(32)) & np.int64(0xFFFFFFFF)))
-    zero = digit_of(code_of(_nearest, np.float32(0), np.uint32(0), key))
+    zero = digit_of(code_of(_nearest, np.float32(0), np.float32(0), np.uint32(0), key))
     chunk = max(RUN, tile)
-    totals = np.empty(chunk, np.float32)
-    digits = np.empty(RUN + SPARE, np.uint8)
-    lanes = np.empty(WIDTH, np.float32)
+    in_place = residual.size > 0
+    totals = residual if in_place else np.empty(chunk, np.float32)
+    # What takes a whole byte needs no packing.
+    digits = frame if places == 1 else np.empty(RUN + SPARE, np.uint8)
     scales = np.empty(chunk // tile, np.float32)
     inverses = np.empty(chunk // tile, np.float32)
     position = 2 * ((elements + tile - 1) // tile)
     for start in range(0, elements, chunk):
         count = min(chunk, elements - start)
         is_usual = tile == WIDTH and count == RUN
-        _take(values, residual, start, count, totals)
+        base = start if in_place else 0
+        if not in_place:
+            totals[:] = np.float32(0)
         if is_usual:
-            _find_scales(scale_of, WIDTH, True, totals, RUN, lanes, scales, inverses)
+            find_scales(WIDTH, True, values, start, totals, base, RUN, scales)
         else:
-            _find_scales(scale_of, tile, False, totals, count, lanes, scales, inverses)
+            find_scales(tile, False, values, start, totals, base, count, scales)
         for k in range((count + tile - 1) // tile):
+            inverses[k] = _ONE / scales[k] if scales[k] != np.float32(0) else np.float32(0)
             bits = reinterpret(scales[k], np.uint32)
             store(frame, 2 * (start // tile + k), np.uint16(np.uint32(bits >> np.uint32(16))))
         for low in range(0, count, RUN):
             run = min(RUN, count - low)
+            place = position if places == 1 else 0
             if is_usual:
-                for first in range(0, RUN, WIDTH):
-                    k = first // WIDTH
-                    _round_tile(
+                for k in range(RUN // WIDTH):
+                    first = k * WIDTH
+                    _round_part(
                         code_of,
                         digit_of,
                         unit,
                         rounding,
                         totals,
-                        digits,
-                        first,
-                        first,
+                        base + first,
                         WIDTH,
+                        digits,
+                        place + first,
                         scales[k],
                         inverses[k],
                         start + first,
@@ -223,83 +207,80 @@ def _encode(scale_of, code_of, digit_of, unit, places, rounding, tile, values, r
                 while first < low + run:
                     k = first // tile
                     members = min(tile, low + run - first)
-                    _round_tile(
+                    _round_part(
                         code_of,
                         digit_of,
                         unit,
                         rounding,
                         totals,
-                        digits,
-                        first,
-                        first - low,
+                        base + first,
                         members,
+                        digits,
+                        place + first - low,
                         scales[k],
                         inverses[k],
                         start + first,
                         key,
                     )
                     first += members
-            position = pack(places, digits, zero, run, frame, position)
-        if residual.size > 0:
-            for i in range(np.uintp(count)):
-                residual[np.uintp(start) + i] = totals[i]
+            position = position + run if places == 1 else pack(places, digits, zero, run, frame, position)
 
 
 @kernel
 def encode_int8(tile, values, residual, frame, seed):
     """Encode values + residual, where there is one; it becomes what the frame does not hold."""
-    _encode(scale_127, _code_int8, _digit_int8, _ONE, 1, _nearest, tile, values, residual, frame, seed)
+    _encode(scales_127, _code_int8, _digit_int8, _ONE, 1, _nearest, tile, values, residual, frame, seed)
 
 
 @kernel
 def encode_int4(tile, values, residual, frame, seed):
     """As encode_int8."""
-    _encode(scale_7, _code_int4, _digit_int4, _ONE, 2, _nearest, tile, values, residual, frame, seed)
+    _encode(scales_7, _code_int4, _digit_int4, _ONE, 2, _nearest, tile, values, residual, frame, seed)
 
 
 @kernel
 def encode_fp4(tile, values, residual, frame, seed):
     """As encode_int8."""
-    _encode(scale_6, _code_fp4, _digit_fp4, _HALF, 2, _nearest, tile, values, residual, frame, seed)
+    _encode(scales_6, _code_fp4, _digit_fp4, _HALF, 2, _nearest, tile, values, residual, frame, seed)
 
 
 @kernel
 def encode_int2(tile, values, residual, frame, seed):
     """As encode_int8."""
-    _encode(scale_2_signed, _code_int2, _digit_int2, _ONE, 4, _nearest, tile, values, residual, frame, seed)
+    _encode(scales_2_signed, _code_int2, _digit_int2, _ONE, 4, _nearest, tile, values, residual, frame, seed)
 
 
 @kernel
 def encode_ternary(tile, values, residual, frame, seed):
     """As encode_int8."""
-    _encode(scale_mean_of_large, _code_ternary, _digit_ternary, _ONE, 5, _nearest, tile, values, residual, frame, seed)
+    _encode(scales_mean_of_large, _code_ternary, _digit_ternary, _ONE, 5, _nearest, tile, values, residual, frame, seed)
 
 
 @kernel
 def encode_sign(tile, values, residual, frame, seed):
     """As encode_int8."""
-    _encode(scale_mean, _code_sign, _digit_sign, _ONE, 8, _nearest, tile, values, residual, frame, seed)
+    _encode(scales_mean, _code_sign, _digit_sign, _ONE, 8, _nearest, tile, values, residual, frame, seed)
 
 
 @kernel
 def encode_int8_stochastic(tile, values, residual, frame, seed):
     """As encode_int8, rounded stochastically."""
-    _encode(scale_127, _code_int8, _digit_int8, _ONE, 1, _stochastic, tile, values, residual, frame, seed)
+    _encode(scales_127, _code_int8, _digit_int8, _ONE, 1, _stochastic, tile, values, residual, frame, seed)
 
 
 @kernel
 def encode_int4_stochastic(tile, values, residual, frame, seed):
     """As encode_int8, rounded stochastically."""
-    _encode(scale_7, _code_int4, _digit_int4, _ONE, 2, _stochastic, tile, values, residual, frame, seed)
+    _encode(scales_7, _code_int4, _digit_int4, _ONE, 2, _stochastic, tile, values, residual, frame, seed)
 
 
 @kernel
 def encode_fp4_stochastic(tile, values, residual, frame, seed):
     """As encode_int8, rounded stochastically."""
-    _encode(scale_6, _code_fp4, _digit_fp4, _HALF, 2, _stochastic, tile, values, residual, frame, seed)
+    _encode(scales_6, _code_fp4, _digit_fp4, _HALF, 2, _stochastic, tile, values, residual, frame, seed)
 
 
 @kernel
 def encode_int2_stochastic(tile, values, residual, frame, seed):
     """As encode_int8, rounded stochastically."""
-    _encode(scale_2_signed, _code_int2, _digit_int2, _ONE, 4, _stochastic, tile, values, residual, frame, seed)
+    _encode(scales_2_signed, _code_int2, _digit_int2, _ONE, 4, _stochastic, tile, values, residual, frame, seed)

@@ -1,0 +1,1 @@
+"""Sums of magnitudes in the order that docs/encodings.md writes down."""
