@@ -66,10 +66,15 @@ class Rate:
     """What was measured, over the timed part of all workers."""
 
     cycles: int
-    cycles_per_second: float  # of all workers together
+    by_client: tuple[float, ...]  # cycles a second of each worker
     cpu_seconds: float | None  # user and system, of all processes; None where the system does not tell
     shards: tuple[Mapping[str, float], ...] = ()  # what each counted meanwhile, and its memory's peak
     clients: tuple[Mapping[str, float], ...] = ()  # what each one's watch saw
+
+    @property
+    def cycles_per_second(self) -> float:
+        """Of all workers together."""
+        return sum(self.by_client)
 
     def gigabytes_per_second(self, elements: int) -> float:
         """Float32 parameters pushed + pulled, whatever is on the wire."""
@@ -261,7 +266,7 @@ def run_cycles(crew: Crew, clients: Sequence[Child], seconds: float, servers: Se
     say_all(clients)
     return Rate(
         cycles=sum(count for count, _, _ in found),
-        cycles_per_second=sum(count / elapsed for count, elapsed, _ in found),
+        by_client=tuple(count / elapsed for count, elapsed, _ in found),
         cpu_seconds=None if used is None or used_at_end is None else used_at_end - used,
         shards=tuple(
             {name: value if name == PEAK else value - old[name] for name, value in new.items()}
