@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -78,6 +78,7 @@ class _Encoded(_Section):
     encoding: str
     tile: int = 64  # elements that share a scale
     layers: dict[str, str] = {}  # pattern of a parameter's name or group -> encoding; norms and biases: fp32
+    _other_way_only: ClassVar[str] = ""  # an encoding that cannot be had this way
 
     @property
     def options(self) -> EncodingOptions:
@@ -95,6 +96,9 @@ class _Encoded(_Section):
     @model_validator(mode="after")
     def _known(self) -> Self:
         for name in (self.encoding, *self.layers.values()):
+            if name == self._other_way_only:
+                known = ", ".join(one for one in encoding_names() if one != name)
+                raise ValueError(f"encoding {name!r} is for the other way; here there are {known}")
             try:
                 make_encoding(name, EncodingOptions(tile=self.tile))
                 if name == self.encoding:
@@ -105,9 +109,12 @@ class _Encoded(_Section):
 
 
 class PushSettings(_Encoded):
+    _other_way_only: ClassVar[str] = "coded"  # its step is common to all that a shard publishes
+
     encoding: str = "int4"  # of updates
     density: Annotated[float, Field(gt=0, le=1)] = 0.01  # topk: share of the elements that go out
     rounding: Literal["nearest", "stochastic"] = "nearest"
+    error: Annotated[float, Field(gt=0, lt=1)] = 0.6  # adaptive: root of the share of the squares that may stay behind
     overlap: Literal["auto"] | bool = "auto"  # compute the next batch meanwhile; auto: only where an exchange is slow
     deadline_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 5.0  # then the same bytes are sent again
 
@@ -117,6 +124,8 @@ class PushSettings(_Encoded):
 
 
 class PullSettings(_Encoded):
+    _other_way_only: ClassVar[str] = "adaptive"  # its plan is over all that a worker pushes
+
     encoding: str = "ternary"  # of published deltas, or of fresh weights: fp32 or bf16
     fresh: bool | None = None  # true: the weights as they are now; absent: true with fp32 and bf16
     publish_every: Annotated[int, Field(ge=1)] | None = None  # updates of a block; absent: half the active pushers

@@ -136,7 +136,7 @@ def attach(
         ),
         term,
         replica,
-        Codec(push.encodings(replica.layout), push.deadline_seconds),
+        Codec(push.encodings(replica.layout), push.deadline_seconds, push.error),
         counters,
     )
     return Attached(replica, exchange, counters, owned)

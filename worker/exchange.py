@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from paramserver.encoding import Encoding, EncodingError, make_encoding, parse_encoding
+from paramserver.encoding import Encoding, EncodingError, parse_encoding
 from paramserver.process import log
 from paramserver.protocol.buffers import BufferPool
 from paramserver.protocol.framing import CUT_BYTES, batches_by_bytes
@@ -33,10 +33,10 @@ from paramserver.protocol.messages import (
 from paramserver.protocol.transport import Bytes, Transport
 from worker.client import Identity, ShardClient
 from worker.counters import Counters
+from worker.encoder import FULL_PRECISION, UpdateEncoder
 from worker.errors import JobFailure
 from worker.replica import BlockGradients, Replica
 from worker.request import ASKING, Request
-from worker.residual import ResidualStore
 
 IN_FLIGHT = 8  # undecided messages a shard: enough to hide a round trip, few enough for the shard's memory
 LONGEST_WAIT_SECONDS = 0.25  # how late a stop or a new order may be seen
@@ -57,6 +57,7 @@ class Codec:
 
     encodings: Sequence[Encoding]  # (blocks,)
     deadline_seconds: float = 5.0
+    error: float = 0.6  # adaptive: the root of the share of the squares that may stay behind
 
 
 class Exchange:
@@ -83,20 +84,18 @@ class Exchange:
         clock: Callable[[], float] = time.monotonic,
         is_resumed: bool = False,
     ) -> None:
-        self.residuals = ResidualStore(replica.layout)
+        self._pool = BufferPool()
+        self._encoder = UpdateEncoder(replica.layout, codec.encodings, self._pool, codec.error)
+        self.residuals = self._encoder.residuals
         self._transport = transport
         self._identity = identity
         self._term = term
         self._replica = replica
-        self._encodings = codec.encodings
-        self._fp32 = make_encoding("fp32")
         self._counters = counters
         # (blocks,): the last sequence pushed
         self._sequences = np.full(len(replica.layout.blocks), ASKING if is_resumed else 0, np.int64)
         self._guard = guard
         self._clock = clock
-        self._pool = BufferPool()
-        self._encoded = 0  # frames: the seed of the next one's rounding
         self._last_request = 0
         self._clients: list[ShardClient] = []
         self._cuts: list[list[tuple[int, ...]]] = []  # by shard: the blocks of each message
@@ -122,6 +121,7 @@ class Exchange:
         included. What was in flight must be settled. Raises what the guard raises, and JobFailure.
         """
         views = self._replica.gradients(gradients)
+        self._encoder.plan(views)
         self._post(self._push_jobs(views, editions, step))
         for client, cuts in zip(self._clients, self._cuts, strict=True):
             if not any(block in views for cut in cuts for block in cut):
@@ -176,7 +176,8 @@ class Exchange:
                     layout=self._identity.layout,
                     blocks=cut,
                 )
-                frames = [self._encode(client, self._fp32, self._replica.values(block)) for block in cut]
+                memory = client.channel.memory()
+                frames = [self._encoder.encode_whole(self._replica.values(block), memory) for block in cut]
                 yield client, Request(message, frames, is_unconfirmed=True)
 
         self._post(requests())
@@ -193,10 +194,11 @@ class Exchange:
             for client, cut in self._interleaved():
                 blocks = [block for block in cut if block in holding]
                 if blocks:
-                    frames = [self._encode(client, self._fp32, self.residuals.of(block)) for block in blocks]
+                    memory = client.channel.memory()
+                    frames = [self._encoder.encode_whole(self.residuals.of(block), memory) for block in blocks]
                     for block in blocks:
                         self.residuals.clear(block)
-                    full = [self._fp32] * len(blocks)
+                    full = [FULL_PRECISION] * len(blocks)
                     yield client, self._push(blocks, frames, full, self._replica.editions, step, wants=())
 
         self._post(requests())
@@ -225,16 +227,13 @@ class Exchange:
         self, gradients: BlockGradients, editions: Editions, step: int
     ) -> Iterable[tuple[ShardClient, Request]]:
         for client, cut in self._interleaved():
-            blocks = [block for block in cut if block in gradients]
+            blocks = [block for block in cut if block in gradients and self._encoder.sends(block)]
             if not blocks:
                 yield client, Request(self._pull_message(cut, step), awaited=set(cut))
                 continue
-            encodings = [self._encodings[block] for block in blocks]
-            frames = []
-            for block, encoding in zip(blocks, encodings, strict=True):
-                # A lossless encoding needs a residual only where a refused update was taken back.
-                residual = self.residuals.find(block) if encoding.lossless else self.residuals.of(block)
-                frames.append(self._encode(client, encoding, gradients[block], residual))
+            memory = client.channel.memory()
+            frames = [self._encoder.encode(block, gradients[block], memory) for block in blocks]
+            encodings = [self._encoder.encoding(block) for block in blocks]
             yield client, self._push(blocks, frames, encodings, editions, step, self._wants(cut))
 
     def _push(
@@ -277,17 +276,6 @@ class Exchange:
     def _next_request(self) -> int:
         self._last_request += 1
         return self._last_request
-
-    def _encode(
-        self,
-        client: ShardClient,
-        encoding: Encoding,
-        values: npt.NDArray[np.float32],
-        residual: npt.NDArray[np.float32] | None = None,
-    ) -> Bytes:
-        frame = self._pool.take(encoding.frame_bytes(values.size), client.channel.memory())
-        self._encoded += 1
-        return self._pool.trim(frame, encoding.encode(values, frame, residual, seed=self._encoded))
 
     # ---------------------------------------------------------- the answers (see Sink)
 

@@ -80,6 +80,17 @@ class Encoding(ABC):
         Raises EncodingError("wrong-size") for another size, TypeError for what is no flat array of bytes.
         """
 
+    def publish(self, weights: Float32, published: Float32, frame: Bytes, scratch: Float32) -> int:
+        """Encode weights - published (n,) into `frame` (frame_bytes(n),), and move `published` as the frame does.
+
+        Returns the bytes of the frame. `published` becomes, bit for bit, what `decode_add` of the frame makes of it;
+        what the frame does not hold stays in the difference. `scratch` (n,) is overwritten; weights are not changed.
+        """
+        delta = np.subtract(weights, published, out=scratch)
+        written = self.encode(delta, frame)
+        self.decode_add(frame[:written], published)
+        return written
+
     @abstractmethod
     def decode(self, frame: Bytes, out: Float32) -> None:
         """Decode a checked frame into `out` (n,)."""

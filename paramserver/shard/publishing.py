@@ -24,6 +24,7 @@ import numpy as np
 
 from paramserver.encoding import Encoding, make_encoding
 from paramserver.encoding.base import Bytes, Float32
+from paramserver.encoding.coded import Coded, StepPolicy
 from paramserver.job import PullSettings
 from paramserver.protocol.buffers import BufferPool
 from paramserver.protocol.transport import FrameMemory
@@ -192,6 +193,7 @@ class PublishedDeltas(Publishing):
         self._blocks: dict[int, HeldBlock] = {}
         self._delta = np.empty(0, np.float32)  # scratch of the largest block so far
         self._frame = np.empty(0, np.uint8)
+        self._steps = StepPolicy()  # of `coded`: all blocks share one step
         self._measured = 0  # blocks whose distance was measured, in turn
 
     def begin(self, block: HeldBlock) -> None:
@@ -204,6 +206,7 @@ class PublishedDeltas(Publishing):
     def forget(self, index: int) -> None:
         self._replicas.pop(index, None)
         self._blocks.pop(index, None)
+        self._steps.forget(index)
 
     def replica(self, index: int) -> PublishedBlock:
         return self._replicas[index]
@@ -226,16 +229,16 @@ class PublishedDeltas(Publishing):
     def _publish(self, block: HeldBlock, replica: PublishedBlock) -> None:
         """Encode what the replica lacks, and take it in exactly as every worker will."""
         encoding = self._encodings[block.index]
-        delta = self._delta[: block.elements]
-        np.subtract(block.weights, replica.values, out=delta)
         size = encoding.frame_bytes(block.elements)
         if self._frame.size < size:
             self._frame = np.empty(size, np.uint8)
+        frame, scratch = self._frame[:size], self._delta[: block.elements]
+        if isinstance(encoding, Coded):
+            written = self._steps.publish(block.index, block.weights, replica.values, frame)
+        else:
+            written = encoding.publish(block.weights, replica.values, frame, scratch)
         # The log's own copy, never changed again: the transport may still read it long after it left the log.
-        written = encoding.encode(delta, self._frame[:size])
-        frame = self._frame[:written].copy()
-        encoding.decode_add(frame, replica.values)
-        replica.append(frame, block.version, log_limit=4 * block.elements)
+        replica.append(frame[:written].copy(), block.version, log_limit=4 * block.elements)
 
     def value(self, block: HeldBlock, have: int, room: int, pool: BufferPool, memory: FrameMemory | None) -> Value:
         replica = self._replicas[block.index]
