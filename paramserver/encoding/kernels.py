@@ -15,6 +15,7 @@ from paramserver.encoding.memory.kernels import (
     BF16,
     FP32,
     INFINITY,
+    INT8,
     MAGNITUDE,
     RUN,
     SPARE,
@@ -42,34 +43,55 @@ def bf16_at(frame, position):
 
 
 @inlined
-def _write_tile(codes, first, count, scale, out, at, add):
+def code_unpacked(codes, i):
+    return codes[np.uintp(i)]
+
+
+@inlined
+def code_in_frame(frame, i):
+    return load(frame, i, np.int8)
+
+
+@inlined
+def _write_tile(code_at, codes, first, count, scale, out, at, add):
     # An unsigned index spares the test for a negative one.
     if add:
         for i in range(count):
-            out[np.uintp(at + i)] += np.float32(codes[np.uintp(first + i)]) * scale
+            out[np.uintp(at + i)] += np.float32(code_at(codes, first + i)) * scale
     else:
         for i in range(count):
-            out[np.uintp(at + i)] = np.float32(codes[np.uintp(first + i)]) * scale
+            out[np.uintp(at + i)] = np.float32(code_at(codes, first + i)) * scale
+
+
+@inlined
+def _write_tiles(code_at, codes, first, tile, unit, frame, start, count, out, add):
+    """The elements [start, start + count), whose codes are codes[first : first + count]."""
+    index = start // tile
+    done = 0
+    while done < count:
+        scale = bf16_at(frame, 2 * index) * unit
+        members = min(tile, count - done)
+        if members == WIDTH:
+            _write_tile(code_at, codes, first + done, WIDTH, scale, out, start + done, add)
+        else:
+            _write_tile(code_at, codes, first + done, members, scale, out, start + done, add)
+        done += members
+        index += 1
 
 
 @inlined
 def _decode_coded(kind, tile, frame, out, add):
     """A frame with a code for every element: a run is unpacked in the cache, then scaled tile by tile."""
-    codes = np.empty(RUN + SPARE, np.int8)
     codes_at = 2 * ((out.size + tile - 1) // tile)
     unit = unit_of(kind)
-    for start in range(0, out.size, RUN):
-        count = min(RUN, out.size - start)
-        unpack_run(kind, frame, codes_at, start, count, codes)
-        first = 0
-        while first < count:
-            scale = bf16_at(frame, 2 * ((start + first) // tile)) * unit
-            members = min(tile, count - first)
-            if members == WIDTH:
-                _write_tile(codes, first, WIDTH, scale, out, start + first, add)
-            else:
-                _write_tile(codes, first, members, scale, out, start + first, add)
-            first += members
+    if kind == INT8:
+        _write_tiles(code_in_frame, frame, codes_at, tile, unit, frame, 0, out.size, out, add)
+    else:
+        codes = np.empty(RUN + SPARE, np.int8)
+        for start in range(0, out.size, RUN):
+            count = min(RUN, out.size - start)
+            unpack_run(kind, frame, codes_at, start, count, codes)
+            _write_tiles(code_unpacked, codes, 0, tile, unit, frame, start, count, out, add)
 
 
 @inlined

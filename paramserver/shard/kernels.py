@@ -13,40 +13,50 @@ from __future__ import annotations
 import numpy as np
 
 from paramserver.encoding.compiled import inlined, kernel
-from paramserver.encoding.kernels import bf16_at
-from paramserver.encoding.memory.kernels import BF16, FP32, RUN, SPARE, TOPK, WIDTH, load
+from paramserver.encoding.kernels import bf16_at, code_in_frame, code_unpacked
+from paramserver.encoding.memory.kernels import BF16, FP32, INT8, RUN, SPARE, TOPK, WIDTH, load
 from paramserver.encoding.packing.kernels import unit_of, unpack_run
 from paramserver.encoding.sparse.kernels import kept_elements, topk_run
 
 
 @inlined
-def _codes(step, codes, first, count, scale, start, weights, state, factors):
+def _tile(step, code_at, codes, first, count, scale, start, weights, state, factors):
     """Apply elements [start, start + count), one tile's. With `count` constant the loop vectorises without a rest."""
     for i in range(count):
         # An unsigned index spares the test for a negative one.
-        gradient = np.float32(codes[np.uintp(first + i)]) * scale
-        step(gradient, np.uintp(start + i), weights, state, factors)
+        step(np.float32(code_at(codes, first + i)) * scale, np.uintp(start + i), weights, state, factors)
+
+
+@inlined
+def _tiles(step, code_at, codes, first, tile, unit, frame, start, count, weights, state, factors):
+    """Apply elements [start, start + count), whose codes are codes[first : first + count]."""
+    index = start // tile
+    done = 0
+    while done < count:
+        scale = bf16_at(frame, 2 * index) * unit
+        members = min(tile, count - done)
+        if members == WIDTH:
+            _tile(step, code_at, codes, first + done, WIDTH, scale, start + done, weights, state, factors)
+        else:
+            _tile(step, code_at, codes, first + done, members, scale, start + done, weights, state, factors)
+        done += members
+        index += 1
 
 
 @inlined
 def _sweep_codes(step, kind, tile, frame, weights, state, factors):
     """A frame with a code for every element: a run is unpacked in the cache, then stepped tile by tile."""
     elements = weights.size
-    codes = np.empty(RUN + SPARE, np.int8)
     codes_at = 2 * ((elements + tile - 1) // tile)
     unit = unit_of(kind)
-    for start in range(0, elements, RUN):
-        count = min(RUN, elements - start)
-        unpack_run(kind, frame, codes_at, start, count, codes)
-        first = 0
-        while first < count:
-            scale = bf16_at(frame, 2 * ((start + first) // tile)) * unit
-            members = min(tile, count - first)
-            if members == WIDTH:
-                _codes(step, codes, first, WIDTH, scale, start + first, weights, state, factors)
-            else:
-                _codes(step, codes, first, members, scale, start + first, weights, state, factors)
-            first += members
+    if kind == INT8:
+        _tiles(step, code_in_frame, frame, codes_at, tile, unit, frame, 0, elements, weights, state, factors)
+    else:
+        codes = np.empty(RUN + SPARE, np.int8)
+        for start in range(0, elements, RUN):
+            count = min(RUN, elements - start)
+            unpack_run(kind, frame, codes_at, start, count, codes)
+            _tiles(step, code_unpacked, codes, 0, tile, unit, frame, start, count, weights, state, factors)
 
 
 @inlined

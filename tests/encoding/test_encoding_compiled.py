@@ -10,29 +10,42 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paramserver.encoding import compiled, kernels, make_encoding, warm_up
+from paramserver.encoding import EncodingOptions, compiled, encoding_names, kernels, make_encoding, warm_up
+from paramserver.encoding.packing import kernels as packing
+from paramserver.encoding.scales import kernels as scales
+from paramserver.encoding.sparse import kernels as sparse
+from paramserver.encoding.tiled import kernels as tiled
 
 ALL = [
     kernels.encode_fp32,
     kernels.encode_bf16,
     kernels.encode_bf16_plain,
-    kernels.encode_int8,
     kernels.decode,
     kernels.largest_bits32,
     kernels.largest_bits16,
+    packing.unpack_run,
+    packing.largest_byte,
+    scales.are_scales,
+    sparse.encode_topk,
+    sparse.are_places,
+    *(getattr(tiled, name) for name in dir(tiled) if name.startswith("encode_")),
 ]
 
 
 def test_frames_of_every_origin_share_one_compiled_variant() -> None:
     values = np.ones(100, np.float32)
-    for name in ("fp32", "bf16", "int8"):
-        encoding = make_encoding(name)
+    stochastic = [EncodingOptions(rounding="stochastic")]
+    for name, options in [
+        *((name, EncodingOptions()) for name in encoding_names()),
+        *((name, one) for one in stochastic for name in ("int8", "int4", "fp4", "int2")),
+    ]:
+        encoding = make_encoding(name, options)
         warm_up(encoding)
         size = encoding.frame_bytes(100)
         buffer = bytearray(size + 1)
         encoding.encode(np.frombuffer(values.tobytes(), np.float32), np.frombuffer(buffer, np.uint8)[1:], values * 0)
         encoding.encode(values, np.empty(size, np.uint8))
-        for frame in (np.zeros(size, np.uint8), np.frombuffer(bytes(size + 1), np.uint8)[1:]):
+        for frame in (np.frombuffer(buffer, np.uint8)[1:], np.frombuffer(bytes(buffer), np.uint8)[1:]):
             encoding.check(frame, 100)
             encoding.decode(frame, np.empty(100, np.float32))
     for kernel in ALL:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from paramserver.encoding.compiled import inlined, kernel
-from paramserver.encoding.memory.kernels import FP4, INT2, INT4, INT8, RUN, TERNARY, load, store
+from paramserver.encoding.memory.kernels import FP4, INT2, INT4, RUN, TERNARY, load, store
 
 
 @inlined
@@ -58,12 +58,9 @@ def unit_of(kind):
 def unpack_run(kind, frame, codes_at, start, count, codes):
     """The codes of the run of `count` elements that begins at `start` to int8 codes[0 : count] and some beyond.
 
-    `codes_at` is the frame's byte where codes begin. `kind` is one that has a code for every element.
+    `codes_at` is the frame's byte where codes begin. `kind` has several codes a byte: int8 needs no unpacking.
     """
-    if kind == INT8:
-        for j in range(np.uintp(count)):
-            codes[j] = load(frame, codes_at + start + j, np.int8)
-    elif kind in (INT4, FP4):
+    if kind in (INT4, FP4):
         size, position = np.uintp(run_bytes(2, count)), codes_at + start // RUN * run_bytes(2, RUN)
         for j in range(size):
             byte = load(frame, position + j, np.uint8)

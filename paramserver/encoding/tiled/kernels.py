@@ -37,15 +37,24 @@ def _nearest(scaled, counter, key):
 
 
 @inlined
+def _key(seed):
+    """Where a seed's counters begin and how far apart they are, an odd number: the finaliser of splitmix64."""
+    mixed = np.uint64(np.uint64(seed) + np.uint64(0x9E3779B97F4A7C15))
+    mixed = np.uint64(np.uint64(mixed ^ np.uint64(mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9))
+    mixed = np.uint64(np.uint64(mixed ^ np.uint64(mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB))
+    mixed = np.uint64(mixed ^ np.uint64(mixed >> np.uint64(31)))
+    return np.uint32(np.uint32(mixed) | np.uint32(1)), np.uint32(mixed >> np.uint64(32))
+
+
+@inlined
 def _stochastic(scaled, counter, key):
     """Up with the probability of the remainder: the same for the same counter and key.
 
     16 random bits, so that adding them to an integer of up to 8 bits never rounds up to the next one.
     """
-    # A bijection of 32 bits that mixes well: lowbias32 of C. Wellons' hash-prospector, with a key between.
-    mixed = np.uint32(np.uint32(counter) * np.uint32(0x9E3779B9) + np.uint32(key[0]))
+    # A hash of 32 bits with two rounds: the constants are those of C. Wellons' hash-prospector.
+    mixed = np.uint32(np.uint32(counter) * key[0] + key[1])
     mixed = np.uint32(np.uint32(mixed ^ np.uint32(mixed >> np.uint32(16))) * np.uint32(0x21F0AAAD))
-    mixed = np.uint32(mixed + np.uint32(key[1]))
     mixed = np.uint32(np.uint32(mixed ^ np.uint32(mixed >> np.uint32(15))) * np.uint32(0x735A2D97))
     mixed = np.uint32(mixed ^ np.uint32(mixed >> np.uint32(15)))
     uniform = np.float32(np.int32(mixed >> np.uint32(16))) * np.float32(2.0**-16)
@@ -151,13 +160,38 @@ def _round_part(code_of, digit_of, unit, rounding, totals, first, count, digits,
 
 
 @inlined
+def _round_run(
+    code_of, digit_of, unit, rounding, tile, whole, totals, first, count, digits, place, scales, inverses, counter, key
+):
+    """The digits of a run to `place` and on. Its tiles have scales[0:], one alone where a tile is longer than a run."""
+    for k in range((count + tile - 1) // tile):
+        done = k * tile
+        members = tile if whole else min(tile, count - done)
+        _round_part(
+            code_of,
+            digit_of,
+            unit,
+            rounding,
+            totals,
+            first + done,
+            members,
+            digits,
+            place + done,
+            scales[k],
+            inverses[k],
+            counter + done,
+            key,
+        )
+
+
+@inlined
 def _encode(find_scales, code_of, digit_of, unit, places, rounding, tile, values, residual, frame, seed):
     """Encode values + residual; where there is a residual it becomes what the frame does not hold.
 
     Sums lie in the residual itself, without one in a buffer of one chunk: a run, or a longer tile.
     """
     elements = values.size
-    key = (np.uint32(seed & np.int64(0xFFFFFFFF)), np.uint32((seed >> np.int64(32)) & np.int64(0xFFFFFFFF)))
+    key = _key(seed)
     zero = digit_of(code_of(_nearest, np.float32(0), np.float32(0), np.uint32(0), key))
     chunk = max(RUN, tile)
     in_place = residual.size > 0
@@ -185,44 +219,42 @@ def _encode(find_scales, code_of, digit_of, unit, places, rounding, tile, values
             run = min(RUN, count - low)
             place = position if places == 1 else 0
             if is_usual:
-                for k in range(RUN // WIDTH):
-                    first = k * WIDTH
-                    _round_part(
-                        code_of,
-                        digit_of,
-                        unit,
-                        rounding,
-                        totals,
-                        base + first,
-                        WIDTH,
-                        digits,
-                        place + first,
-                        scales[k],
-                        inverses[k],
-                        start + first,
-                        key,
-                    )
+                _round_run(
+                    code_of,
+                    digit_of,
+                    unit,
+                    rounding,
+                    WIDTH,
+                    True,
+                    totals,
+                    base,
+                    RUN,
+                    digits,
+                    place,
+                    scales,
+                    inverses,
+                    start,
+                    key,
+                )
             else:
-                first = low
-                while first < low + run:
-                    k = first // tile
-                    members = min(tile, low + run - first)
-                    _round_part(
-                        code_of,
-                        digit_of,
-                        unit,
-                        rounding,
-                        totals,
-                        base + first,
-                        members,
-                        digits,
-                        place + first - low,
-                        scales[k],
-                        inverses[k],
-                        start + first,
-                        key,
-                    )
-                    first += members
+                k = low // tile
+                _round_run(
+                    code_of,
+                    digit_of,
+                    unit,
+                    rounding,
+                    tile,
+                    False,
+                    totals,
+                    base + low,
+                    run,
+                    digits,
+                    place,
+                    scales[k:],
+                    inverses[k:],
+                    start + low,
+                    key,
+                )
             position = position + run if places == 1 else pack(places, digits, zero, run, frame, position)
 
 
