@@ -2,6 +2,7 @@
 
 from paramserver.encoding import (  # noqa: F401 - each registers itself in the family
     bf16,
+    coded,
     fp4,
     fp32,
     int2,
