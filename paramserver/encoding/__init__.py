@@ -1,6 +1,7 @@
 """Low-resolution encodings: one file a member, one interface, compiled kernels."""
 
 from paramserver.encoding import (  # noqa: F401 - each registers itself in the family
+    adaptive,
     bf16,
     coded,
     fp4,
