@@ -56,10 +56,10 @@ def _energy(totals, count):
 def _sum_above(tile, totals, first, count, above):
     if tile == WIDTH:
         return np.float64(sum_of_lanes(totals, first, above))
-    total = 0.0
+    total = np.float64(0)
     for i in range(first, first + count):
-        magnitude = np.abs(totals[i])
-        total += magnitude if magnitude > above else np.float32(0)
+        magnitude = np.float64(np.abs(totals[i]))
+        total += magnitude if magnitude > above else np.float64(0)
     return total
 
 
@@ -122,12 +122,12 @@ def improve(losses, counts, tile, lowest, saved, cost, reached):
     for i in range(counts.size):
         now = np.intp(lowest[i])
         for step in range(LEVELS - 1):
-            best, best_rate = -1, 0.0
+            best, best_rate = np.intp(-1), 0.0
             for level in range(now + 1, LEVELS):
                 bytes_more = segment_bytes(level, counts[i], tile) - segment_bytes(now, counts[i], tile)
                 rate = (losses[i, now] - losses[i, level]) / max(bytes_more, 1)
                 if rate > best_rate:
-                    best, best_rate = level, rate
+                    best, best_rate = np.intp(level), rate
             saved[i, step] = losses[i, now] - losses[i, best] if best >= 0 else 0.0
             if best >= 0:
                 cost[i, step] = segment_bytes(best, counts[i], tile) - segment_bytes(now, counts[i], tile)

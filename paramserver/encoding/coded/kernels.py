@@ -38,11 +38,11 @@ _FIRST_SINGLE = 1 + _SHARES * _EXCESSES
 _BITS = np.uint64(PROBABILITY_BITS)
 _SLOT = np.uint64((1 << PROBABILITY_BITS) - 1)
 _WHOLE = np.uint64(1 << PROBABILITY_BITS)
+_SYMBOL = np.uint64(0xFF)
 _LOWEST = np.uint64(1 << 15)
 _INVERSE_BITS = np.uint64(43)
 # A byte of its own is coded as one of 256 symbols of equal frequency.
-_BYTE_MARK_BITS = np.uint64(4)
-_BYTE_FREQUENCY = np.uint64(16)
+_BYTE_MARK = np.uint64(16 << PROBABILITY_BITS)
 _BYTE_INVERSE = np.uint64(1 << 39)
 _ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding and taking it off rounds to an integer, half to even
 _LARGEST = np.float32(LARGEST_CODE)
@@ -176,34 +176,31 @@ def _symbol_count(index, count):
 
 
 @inlined
-def _put(state, frequency, first, inverse, words, at):
-    """Put a symbol into a state; a word goes out before it would overflow. Returns (state, place of the next word)."""
-    is_full = state >= frequency << np.uint64(19)
-    words[at] = np.uint16(state & np.uint64(0xFFFF))
-    at -= np.intp(is_full)
-    state = state >> np.uint64(16) if is_full else state
+def _put(state, mark, inverse):
+    """Put a symbol into a state: (state, a word, 1 where the word goes out and 0 where it does not).
+
+    No array comes in: numba would count its references in the innermost loop.
+    """
+    frequency = mark >> _BITS
+    # A branch would be guessed wrong too often.
+    is_full = np.uint64(state >= frequency << np.uint64(19))
+    word = np.uint16(state & np.uint64(0xFFFF))
+    state = state >> (is_full << np.uint64(4))
     # state x inverse stays below 2^63, and is exact enough: the state is below 2^19 x frequency.
     quotient = (state * inverse) >> _INVERSE_BITS
-    return state + first + quotient * (_WHOLE - frequency), at
+    return state + (mark & _SLOT) + quotient * (_WHOLE - frequency), word, np.intp(is_full)
 
 
-@inlined
-def _put_byte(state, code, words, at):
-    first = np.uint64(np.int64(code) + 128) << _BYTE_MARK_BITS
-    return _put(state, _BYTE_FREQUENCY, first, _BYTE_INVERSE, words, at)
-
-
-@inlined
-def _put_symbol(state, symbol, marks, inverses, first_code, second_code, is_pair, words, at):
-    """Put a symbol, or the escape and its codes where the table has left it out."""
-    mark = np.uint64(marks[symbol])
-    if mark == np.uint64(0) or symbol == ESCAPE:
-        if is_pair:
-            state, at = _put_byte(state, second_code, words, at)
-        state, at = _put_byte(state, first_code, words, at)
-        symbol = ESCAPE
-        mark = np.uint64(marks[symbol])
-    return _put(state, mark >> _BITS, mark & _SLOT, inverses[symbol], words, at)
+@kernel
+def _put_codes(state, second, first, is_pair, words, at):
+    """Put the codes that follow an escape. Returns (state, place of the next word)."""
+    for turn in range(2 if is_pair else 1):
+        code = second if is_pair and turn == 0 else first
+        mark = _BYTE_MARK | np.uint64(np.int64(code) + 128) << np.uint64(4)
+        state, word, is_full = _put(state, mark, _BYTE_INVERSE)
+        words[at] = word
+        at -= is_full
+    return state, at
 
 
 @inlined
@@ -220,6 +217,14 @@ def _pair_symbols(codes, start, count, pairs, firsts, seconds, symbols):
 
 
 @inlined
+def _escape_unknown(symbols, count, marks):
+    """What the table has left out goes after an escape."""
+    for i in range(count):
+        symbol = symbols[np.uintp(i)]
+        symbols[np.uintp(i)] = np.uint8(ESCAPE) if marks[np.uintp(symbol)] == 0 else symbol
+
+
+@inlined
 def _single_symbols(codes, start, count, padded, is_raw, firsts, symbols):
     for i in range(padded):
         code = np.int32(codes[np.uintp(start + i)]) if i < count else np.int32(0)
@@ -230,23 +235,39 @@ def _single_symbols(codes, start, count, padded, is_raw, firsts, symbols):
             symbols[np.uintp(i)] = np.uint8(code + SINGLE_LARGEST if abs(code) <= SINGLE_LARGEST else ESCAPE)
 
 
-@inlined
+@kernel
 def _code_segment(index, count, firsts, seconds, symbols, marks, inverses, states, words, at):
     """Put a segment's symbols, last one first. Returns the place of the next word."""
     s0, s1, s2, s3 = states[0], states[1], states[2], states[3]
-    is_pair, is_raw = index < _FIRST_SINGLE, index == RAW
-    for i in range(count - STATES, -1, -STATES):
-        i0, i1, i2, i3 = np.uintp(i), np.uintp(i + 1), np.uintp(i + 2), np.uintp(i + 3)
-        if is_raw:
-            s3, at = _put_byte(s3, firsts[i3], words, at)
-            s2, at = _put_byte(s2, firsts[i2], words, at)
-            s1, at = _put_byte(s1, firsts[i1], words, at)
-            s0, at = _put_byte(s0, firsts[i0], words, at)
-        else:
-            s3, at = _put_symbol(s3, symbols[i3], marks, inverses, firsts[i3], seconds[i3], is_pair, words, at)
-            s2, at = _put_symbol(s2, symbols[i2], marks, inverses, firsts[i2], seconds[i2], is_pair, words, at)
-            s1, at = _put_symbol(s1, symbols[i1], marks, inverses, firsts[i1], seconds[i1], is_pair, words, at)
-            s0, at = _put_symbol(s0, symbols[i0], marks, inverses, firsts[i0], seconds[i0], is_pair, words, at)
+    is_pair, escape = index < _FIRST_SINGLE, np.intp(256 if index == RAW else ESCAPE)
+    for group in range(count // STATES - 1, -1, -1):
+        i = np.uintp(group * STATES)
+        a, b, c, d = (
+            np.uintp(symbols[i]),
+            np.uintp(symbols[i + np.uintp(1)]),
+            np.uintp(symbols[i + np.uintp(2)]),
+            np.uintp(symbols[i + np.uintp(3)]),
+        )
+        if d == escape:
+            s3, at = _put_codes(s3, seconds[i + np.uintp(3)], firsts[i + np.uintp(3)], is_pair, words, at)
+        s3, word, is_full = _put(s3, np.uint64(marks[d]), inverses[d])
+        words[np.uintp(at)] = word
+        at -= is_full
+        if c == escape:
+            s2, at = _put_codes(s2, seconds[i + np.uintp(2)], firsts[i + np.uintp(2)], is_pair, words, at)
+        s2, word, is_full = _put(s2, np.uint64(marks[c]), inverses[c])
+        words[np.uintp(at)] = word
+        at -= is_full
+        if b == escape:
+            s1, at = _put_codes(s1, seconds[i + np.uintp(1)], firsts[i + np.uintp(1)], is_pair, words, at)
+        s1, word, is_full = _put(s1, np.uint64(marks[b]), inverses[b])
+        words[np.uintp(at)] = word
+        at -= is_full
+        if a == escape:
+            s0, at = _put_codes(s0, seconds[i], firsts[i], is_pair, words, at)
+        s0, word, is_full = _put(s0, np.uint64(marks[a]), inverses[a])
+        words[np.uintp(at)] = word
+        at -= is_full
     states[0], states[1], states[2], states[3] = s0, s1, s2, s3
     return at
 
@@ -277,6 +298,8 @@ def code(codes, elements, tables, is_raw, words, frame, position):
             _pair_symbols(codes, start, count, padded, firsts, seconds, symbols)
         else:
             _single_symbols(codes, start, count, padded, index == RAW, firsts, symbols)
+        if index != RAW:
+            _escape_unknown(symbols, padded, marks[index])
         at = _code_segment(index, padded, firsts, seconds, symbols, marks[index], inverses[index], states, words, at)
     position += segments
     if not is_used:
@@ -296,66 +319,64 @@ def code(codes, elements, tables, is_raw, words, frame, position):
 
 
 @inlined
-def _refill(state, frame, at, last):
-    """The state with a word taken in where it is low, and the place of the next word.
-
-    A place beyond the last word is not read: the caller finds that the words ended too early.
-    """
-    word = np.uint64(load(frame, min(at, last), np.uint16))
-    is_low = state < _LOWEST
-    state = (state << np.uint64(16)) | word if is_low else state
+def _refill(state, word, at):
+    """The state with the word taken in where it is low, and the place of the next word."""
+    is_low = np.uint64(state < _LOWEST)
+    state = (state << (is_low << np.uint64(4))) | (word & (np.uint64(0) - is_low))
     return state, at + (np.intp(is_low) << 1)
 
 
 @inlined
-def _take(state, slots, frame, at, last):
-    """The next symbol of a state: (symbol, state, place of the next word)."""
-    slot = np.uint64(slots[np.uintp(state & _SLOT)])
-    state = (slot >> np.uint64(20)) * (state >> _BITS) + ((slot >> np.uint64(8)) & _SLOT)
-    state, at = _refill(state, frame, at, last)
-    return np.uint8(slot & np.uint64(0xFF)), state, at
+def _taken(state, slot):
+    """The state without the symbol of its slot."""
+    return (slot >> np.uint64(20)) * (state >> _BITS) + ((slot >> np.uint64(8)) & _SLOT)
 
 
 @inlined
-def _take_byte(state, frame, at, last):
-    """The next code that was put as a byte."""
-    found = np.int64((state & _SLOT) >> _BYTE_MARK_BITS) - 128
-    state = _BYTE_FREQUENCY * (state >> _BITS) + (state & np.uint64(15))
-    state, at = _refill(state, frame, at, last)
-    return np.int8(found), state, at
+def _word(frame, at, last):
+    """The word at a byte of the frame. One beyond the last is not read: it shows in the end that words are missing."""
+    return np.uint64(load(frame, min(at, last), np.uint16))
 
 
-@inlined
+@kernel
 def _take_codes(i, state, is_pair, firsts, seconds, frame, at, last):
-    """The codes after an escape."""
-    first, state, at = _take_byte(state, frame, at, last)
-    firsts[np.uintp(i)] = first
-    if is_pair:
-        second, state, at = _take_byte(state, frame, at, last)
-        seconds[np.uintp(i)] = second
+    """The codes that follow an escape, as bytes. Returns (state, place of the next word)."""
+    for turn in range(2 if is_pair else 1):
+        found = np.int8(np.int64((state & _SLOT) >> np.uint64(4)) - 128)
+        if turn == 0:
+            firsts[i] = found
+        else:
+            seconds[i] = found
+        state = np.uint64(16) * (state >> _BITS) + (state & np.uint64(15))
+        state, at = _refill(state, _word(frame, at, last), at)
     return state, at
 
 
-@inlined
+@kernel
 def _read_symbols(index, count, slots, symbols, firsts, seconds, states, frame, at, last):
     """All symbols of a segment; codes after an escape go to firsts and seconds. Returns the place of the next word."""
     s0, s1, s2, s3 = states[0], states[1], states[2], states[3]
-    is_pair, is_raw = index < _FIRST_SINGLE, index == RAW
-    for i in range(0, count, STATES):
-        a, s0, at = _take(s0, slots, frame, at, last)
-        if a == ESCAPE and not is_raw:
+    is_pair, escape = index < _FIRST_SINGLE, np.uint64(256 if index == RAW else ESCAPE)
+    for group in range(count // STATES):
+        i = np.uintp(group * STATES)
+        a = np.uint64(slots[np.uintp(s0 & _SLOT)])
+        s0, at = _refill(_taken(s0, a), _word(frame, at, last), at)
+        if a & _SYMBOL == escape:
             s0, at = _take_codes(i, s0, is_pair, firsts, seconds, frame, at, last)
-        b, s1, at = _take(s1, slots, frame, at, last)
-        if b == ESCAPE and not is_raw:
-            s1, at = _take_codes(i + 1, s1, is_pair, firsts, seconds, frame, at, last)
-        c, s2, at = _take(s2, slots, frame, at, last)
-        if c == ESCAPE and not is_raw:
-            s2, at = _take_codes(i + 2, s2, is_pair, firsts, seconds, frame, at, last)
-        d, s3, at = _take(s3, slots, frame, at, last)
-        if d == ESCAPE and not is_raw:
-            s3, at = _take_codes(i + 3, s3, is_pair, firsts, seconds, frame, at, last)
-        symbols[np.uintp(i)], symbols[np.uintp(i + 1)] = a, b
-        symbols[np.uintp(i + 2)], symbols[np.uintp(i + 3)] = c, d
+        b = np.uint64(slots[np.uintp(s1 & _SLOT)])
+        s1, at = _refill(_taken(s1, b), _word(frame, at, last), at)
+        if b & _SYMBOL == escape:
+            s1, at = _take_codes(i + np.uintp(1), s1, is_pair, firsts, seconds, frame, at, last)
+        c = np.uint64(slots[np.uintp(s2 & _SLOT)])
+        s2, at = _refill(_taken(s2, c), _word(frame, at, last), at)
+        if c & _SYMBOL == escape:
+            s2, at = _take_codes(i + np.uintp(2), s2, is_pair, firsts, seconds, frame, at, last)
+        d = np.uint64(slots[np.uintp(s3 & _SLOT)])
+        s3, at = _refill(_taken(s3, d), _word(frame, at, last), at)
+        if d & _SYMBOL == escape:
+            s3, at = _take_codes(i + np.uintp(3), s3, is_pair, firsts, seconds, frame, at, last)
+        symbols[i], symbols[i + np.uintp(1)] = np.uint8(a & _SYMBOL), np.uint8(b & _SYMBOL)
+        symbols[i + np.uintp(2)], symbols[i + np.uintp(3)] = np.uint8(c & _SYMBOL), np.uint8(d & _SYMBOL)
     states[0], states[1], states[2], states[3] = s0, s1, s2, s3
     return at
 
