@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from paramserver.encoding.adaptive import Adaptive, BitPolicy, Part, Plan
 
 from paramserver.encoding import Encoding, make_encoding
+from paramserver.encoding.adaptive import Adaptive, BitPolicy, Part, Plan
 from paramserver.protocol.buffers import BufferPool
 from paramserver.protocol.layout import Layout
 from paramserver.protocol.transport import Bytes, FrameMemory

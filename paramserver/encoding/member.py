@@ -97,7 +97,7 @@ def warm_up(encoding: Encoding) -> None:
     values, residual, out = np.zeros(3, np.float32), np.zeros(3, np.float32), np.empty(3, np.float32)
     frame = np.empty(encoding.frame_bytes(3), np.uint8)
     encoding.encode(values, frame)
-    encoding.encode(values, frame, residual)
+    frame = frame[: encoding.encode(values, frame, residual)]
     encoding.check(frames.readable(frame), 3)
     encoding.decode(frame, out)
     encoding.decode_add(frame, out)

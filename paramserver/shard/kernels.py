@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from paramserver.encoding.adaptive.kernels import ADAPTIVE, decode_segment
 from paramserver.encoding.compiled import inlined, kernel
 from paramserver.encoding.kernels import bf16_at, code_in_frame, code_unpacked
 from paramserver.encoding.memory.kernels import BF16, FP32, INT8, RUN, SPARE, TOPK, WIDTH, load
@@ -72,6 +73,20 @@ def _sweep_runs(step, kind, tile, frame, weights, state, factors):
 
 
 @inlined
+def _sweep_segments(step, tile, frame, weights, state, factors):
+    """A frame whose segments differ in bits: a segment is decoded in the cache, then stepped."""
+    elements = weights.size
+    run = np.empty(RUN, np.float32)
+    at = (elements + RUN - 1) // RUN  # a level each comes first
+    for start in range(0, elements, RUN):
+        count = min(RUN, elements - start)
+        at = decode_segment(tile, frame, at, start, count, run)
+        # A skipped segment is a gradient of zero, and not no gradient: momentum and means move on.
+        for i in range(np.uintp(count)):
+            step(run[i], np.uintp(start) + i, weights, state, factors)
+
+
+@inlined
 def _sweep(step, kind, tile, frame, weights, state, factors):
     """Apply a whole frame: step(gradient, index, weights, state, factors) for each element, in order."""
     if kind == FP32:
@@ -82,6 +97,8 @@ def _sweep(step, kind, tile, frame, weights, state, factors):
             step(bf16_at(frame, 2 * i), i, weights, state, factors)
     elif kind == TOPK:
         _sweep_runs(step, kind, tile, frame, weights, state, factors)
+    elif kind == ADAPTIVE:
+        _sweep_segments(step, tile, frame, weights, state, factors)
     else:
         _sweep_codes(step, kind, tile, frame, weights, state, factors)
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from paramserver.encoding import Encoding
+from paramserver.encoding import Encoding, make_encoding
 from paramserver.encoding import warm_up as warm_up_encoding
 from paramserver.encoding.base import Bytes, Float32
 from paramserver.encoding.frames import expect_float32
@@ -56,7 +56,7 @@ class Optimizer(ABC):
             raise ValueError(f"{type(self).__name__} keeps {self.slots} arrays of state, was given {len(state)}")
         for array in state:
             expect_float32(array, "optimiser state", weights.size)
-        frame = encoding.sized(frame, weights.size)
+        encoding, frame = _fused(encoding, frame, weights.size)
         factors = tuple(map(np.float32, self._factors(updates_before, lr_factor)))
         self._kernel(encoding.kind, encoding.tile, frame, weights, state, factors)
 
@@ -161,6 +161,16 @@ def warm_up(optimizer: Optimizer, encodings: Iterable[Encoding]) -> None:
     for encoding in encodings:
         warm_up_encoding(encoding)
         weights, frame = np.zeros(3, np.float32), np.empty(encoding.frame_bytes(3), np.uint8)
-        encoding.encode(weights, frame)
+        frame = frame[: encoding.encode(weights, frame)]
         optimizer.apply(weights, optimizer.state(3), 0, encoding, frame)
         decode_add(encoding, frame, weights)
+
+
+def _fused(encoding: Encoding, frame: Bytes, elements: int) -> tuple[Encoding, Bytes]:
+    """The sized frame, or its values as a frame of fp32 where no kernel steps while it decodes."""
+    if encoding.is_fused:
+        return encoding, encoding.sized(frame, elements)
+    values = np.empty(elements, np.float32)
+    encoding.decode(frame, values)
+    fp32 = make_encoding("fp32")
+    return fp32, fp32.sized(values.view(np.uint8), elements)

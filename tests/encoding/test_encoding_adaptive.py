@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paramserver.encoding import EncodingError, EncodingOptions, make_encoding, parse_encoding
-from paramserver.encoding.adaptive import Adaptive, BitPolicy, Part, Plan, WireLimit
+from paramserver.encoding import EncodingError, EncodingOptions, make_encoding, parse_encoding, warm_up
+from paramserver.encoding.adaptive import Adaptive, BitPolicy, Part, Plan, WireLimit, kernels
 from paramserver.encoding.adaptive.levels import INT4, INT8, LEVELS, SEGMENT, SIGN, SKIP, TERNARY, level_bytes
 from paramserver.encoding.adaptive.planning import choose
 from paramserver.encoding.base import Bytes, Float32
@@ -403,6 +403,27 @@ def test_frames_that_no_encoder_writes_are_refused_by_name() -> None:
     assert refusal(changed(1, SIGN), elements) == "wrong-size"
     assert refusal(changed(3 + 1, 0x7F), elements) == "not-finite"
     assert refusal(changed(3 + 2 * 32 + 7, 243), elements) == "corrupt-frame"
+
+
+def test_everything_is_compiled_once_whatever_comes() -> None:
+    encoding = adaptive()
+    warm_up(encoding)
+    policy, residual = BitPolicy({0: 5000}, 64), np.zeros(5000, np.float32)
+    _, frames = one_round(policy, {0: Part(np.frombuffer(normal(5000).tobytes(), np.float32), residual)})
+    frame = np.frombuffer(b"." + frames[0].tobytes(), np.uint8)[1:]
+    encoding.check(frame, 5000)
+    encoding.decode_add(frame, residual)
+    for kernel in (
+        kernels.measure,
+        kernels.improve,
+        kernels.encode,
+        kernels.decode,
+        kernels.decode_add,
+        kernels.faults,
+    ):
+        assert len(kernel.signatures) == 1, kernel
+        assert kernel.targetoptions["nogil"]
+        assert not kernel.targetoptions["fastmath"]
 
 
 def test_tiles_above_a_segment_are_unknown() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from paramserver.encoding import EncodingError, make_encoding, parse_encoding
 from paramserver.encoding.base import Bytes, Float32
-from paramserver.encoding.coded import Coded, StepPolicy, round_step
+from paramserver.encoding.coded import Coded, StepPolicy, kernels, round_step, warm_up
 from paramserver.encoding.coded.classes import ALL_ZERO, CLASSES, RAW, SEGMENT, STATES
 from paramserver.encoding.coded.tables import tables
 
@@ -329,6 +329,22 @@ def test_values_that_are_not_finite_make_a_frame_that_is_refused(bad: float) -> 
     policy, published = StepPolicy(), np.zeros(3000, np.float32)
     frame = np.empty(coded.frame_bytes(3000), np.uint8)
     assert refusal(frame[: policy.publish(0, values, published, frame)], 3000) == "not-finite"
+
+
+def test_publishing_is_compiled_once_whatever_comes() -> None:
+    warm_up()
+    named = [kernels.quantise, kernels.quantise_delta, kernels.sum_of_squares, kernels.code, kernels.decode]
+    buffer = bytearray(coded.frame_bytes(5000) + 1)
+    frame, published = np.frombuffer(buffer, np.uint8)[1:], np.zeros(5000, np.float32)
+    weights = np.frombuffer(normal(5000).tobytes(), np.float32)
+    taken = StepPolicy().publish(0, weights, published, frame)
+    encoded(weights)
+    coded.decode(frame[:taken], published)
+    coded.decode_add(np.frombuffer(bytes(buffer), np.uint8)[1 : 1 + taken], published)
+    for kernel in named:
+        assert len(kernel.signatures) == 1, kernel
+        assert kernel.targetoptions["nogil"]
+        assert not kernel.targetoptions["fastmath"]
 
 
 def test_identifier_has_no_tile() -> None:

@@ -18,6 +18,8 @@ from paramserver.encoding.packing.kernels import largest_byte
 from paramserver.encoding.scales.kernels import are_scales
 from paramserver.encoding.tiled.kernels import encode_int4, encode_int8, encode_sign, encode_ternary
 
+ADAPTIVE = 9  # Encoding.kind
+
 _ALL = np.float32(-1)  # every magnitude is above it
 _TRITS = 243  # a byte of five trits is less
 

@@ -46,6 +46,7 @@ class Coded(Encoding):
     kind: ClassVar[int] = 11
     lossless: ClassVar[bool] = False
     bits: ClassVar[float] = 1.3
+    is_fused: ClassVar[bool] = False
 
     def frame_bytes(self, elements: int) -> int:
         return STEP_BYTES + _segments(elements) + 4 * STATES + -(-elements // STATES) * STATES

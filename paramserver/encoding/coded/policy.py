@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from paramserver.encoding.base import Bytes, EncodingOptions, Float32
 from paramserver.encoding.coded.member import RELATIVE_STEP, Coded, round_step
 from paramserver.encoding.frames import input_values
@@ -74,3 +76,9 @@ class StepPolicy:
     def state(self) -> dict[int, Moved]:
         """What a snapshot must hold for the steps to go on as they would."""
         return dict(self._moved)
+
+
+def warm_up() -> None:
+    """Compile, or load from the disk cache, all that publishing calls; `encoding.warm_up` does so for the rest."""
+    weights, frame = np.ones(3, np.float32), np.empty(Coded(EncodingOptions()).frame_bytes(3), np.uint8)
+    StepPolicy().publish(0, weights, np.zeros(3, np.float32), frame)
