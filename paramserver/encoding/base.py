@@ -81,7 +81,7 @@ class Encoding(ABC):
         Raises EncodingError("wrong-size") for another size, TypeError for what is no flat array of bytes.
         """
 
-    def publish(self, weights: Float32, published: Float32, frame: Bytes, scratch: Float32) -> int:
+    def encode_delta(self, weights: Float32, published: Float32, frame: Bytes, scratch: Float32) -> int:
         """Encode weights - published (n,) into `frame` (frame_bytes(n),), and move `published` as the frame does.
 
         Returns the bytes of the frame. `published` becomes, bit for bit, what `decode_add` of the frame makes of it;

@@ -236,7 +236,7 @@ class PublishedDeltas(Publishing):
         if isinstance(encoding, Coded):
             written = self._steps.publish(block.index, block.weights, replica.values, frame)
         else:
-            written = encoding.publish(block.weights, replica.values, frame, scratch)
+            written = encoding.encode_delta(block.weights, replica.values, frame, scratch)
         # The log's own copy, never changed again: the transport may still read it long after it left the log.
         replica.append(frame[:written].copy(), block.version, log_limit=4 * block.elements)
 
