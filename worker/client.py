@@ -60,6 +60,9 @@ class Sink(Protocol):
     def renumbered(self, block: int, sequence: int) -> None:
         """An update that asked for its sequence has got it and is on its way again."""
 
+    def acknowledged(self, block: int, version: int) -> None:
+        """An update is applied; the block has this version afterwards."""
+
     def value(self, value: BlockValue, frames: Sequence[memoryview]) -> bool:
         """A block's value came; False where it is unusable and must be asked for again."""
 
@@ -219,6 +222,7 @@ class ShardClient:
             position = request.undecided.get(verdict.block)
             if position is not None and updates[position].sequence == verdict.sequence:
                 del request.undecided[verdict.block]
+                self._sink.acknowledged(verdict.block, verdict.version)
         for refusal in pushed.refused:
             position = request.undecided.get(refusal.block)
             if position is not None and updates[position].sequence == refusal.sequence:

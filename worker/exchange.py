@@ -35,6 +35,7 @@ from worker.client import Identity, ShardClient
 from worker.counters import Counters
 from worker.encoder import FULL_PRECISION, UpdateEncoder
 from worker.errors import JobFailure
+from worker.pace import Pace
 from worker.replica import BlockGradients, Replica
 from worker.request import ASKING, Request
 
@@ -96,6 +97,7 @@ class Exchange:
         self._sequences = np.full(len(replica.layout.blocks), ASKING if is_resumed else 0, np.int64)
         self._guard = guard
         self._clock = clock
+        self._pace = Pace(len(replica.layout.blocks))
         self._last_request = 0
         self._clients: list[ShardClient] = []
         self._cuts: list[list[tuple[int, ...]]] = []  # by shard: the blocks of each message
@@ -113,15 +115,19 @@ class Exchange:
 
     # --------------------------------------------------------------------- the calls
 
-    def begin(self, gradients: Mapping[str, Tensor], editions: Editions, step: int) -> None:
+    def begin(
+        self, gradients: Mapping[str, Tensor], editions: Editions, step: int, computing_seconds: float = inf
+    ) -> None:
         """Push gradients (by parameter name) and ask for fresh values of all blocks.
 
         Returns when everything is encoded and on its way, so the gradients may change. `editions` (blocks,)
         are those that the gradients were computed on; `step` counts the worker's finished steps, this one
-        included. What was in flight must be settled. Raises what the guard raises, and JobFailure.
+        included, and `computing_seconds` is what its computation took: where exchanges take longer, an adaptive
+        encoding sends less. What was in flight must be settled. Raises what the guard raises, and JobFailure.
         """
         views = self._replica.gradients(gradients)
-        self._encoder.plan(views)
+        self._encoder.plan(views, self._pace.byte_limit(computing_seconds))
+        self._pace.begin(self._clock(), self._counters, computing_seconds)
         self._post(self._push_jobs(views, editions, step))
         for client, cuts in zip(self._clients, self._cuts, strict=True):
             if not any(block in views for cut in cuts for block in cut):
@@ -150,10 +156,15 @@ class Exchange:
 
     def settle(self, patience_seconds: float = inf) -> None:
         """Wait, at most so long, until everything is answered and pulled values are written into the replica."""
-        give_up_at = self._clock() + patience_seconds
-        self._wait(
-            lambda: self._clock() >= give_up_at or all(client.is_settled for client in self._clients), give_up_at
-        )
+        began = self._clock()
+        give_up_at = began + patience_seconds
+        self._wait(lambda: self._clock() >= give_up_at or self._is_settled(), give_up_at)
+        if self._is_settled():
+            now = self._clock()
+            self._pace.end(now, self._counters, now - began)
+
+    def _is_settled(self) -> bool:
+        return all(client.is_settled for client in self._clients)
 
     def settle_pushes(self) -> None:
         """Wait until every update has its verdict; values may still be on their way."""
@@ -278,6 +289,9 @@ class Exchange:
         return self._last_request
 
     # ---------------------------------------------------------- the answers (see Sink)
+
+    def acknowledged(self, block: int, version: int) -> None:
+        self._pace.saw_version(block, version)
 
     def refused_update(self, request: Request, position: int, why: RefusedUpdate) -> None:
         """Decode a finally refused update back into its residual; its sequence is free again."""

@@ -164,7 +164,7 @@ class Trainer:
             computing_seconds = self._clock() - started
             self.exchange.settle()  # where it was left in flight: the last step's values are written
             self.batches.acknowledged()
-            is_good = self.push(step, editions)
+            is_good = self.push(step, editions, computing_seconds)
             self.exchange.settle(math.inf if self.patience == math.inf else self.patience * computing_seconds)
             self.batches.done(step, is_good)
             now = self._clock()
@@ -173,7 +173,7 @@ class Trainer:
             self._look_at_residual(now)
         self.exchange.abandon_pulls()
 
-    def push(self, step: Step, editions: Editions) -> bool:
+    def push(self, step: Step, editions: Editions, computing_seconds: float) -> bool:
         """Push a step's gradients; False for a step that is not finite: it is skipped, and the clock ticks."""
         self.counters.steps += 1
         clock = self.counters.steps
@@ -187,7 +187,7 @@ class Trainer:
         self.counters.saw(step.loss, step.elements)
         clip_(step.gradients, norm, self.clip)
         update = step.gradients if self.optimizer is None else self.optimizer.step(step.gradients)
-        self.exchange.begin(update, editions, clock)
+        self.exchange.begin(update, editions, clock, computing_seconds)
         return True
 
     def _look_at_residual(self, now: float) -> None:

@@ -1,0 +1,51 @@
+"""How fast a worker's exchanges are beside its computation, and how late its updates arrive: what `adaptive` adapts to."""
+
+from __future__ import annotations
+
+from math import inf
+
+import numpy as np
+
+from paramserver.encoding.adaptive import WireLimit
+from worker.counters import Counters
+
+MEMORY = 0.9  # of the version lag of late; the usual lag forgets ten times as slowly
+LATE = 2.0  # times the usual lag: from there on updates arrive late
+SEEN_SECONDS = 1e-3  # an exchange that was waited for no longer may have ended at any time before
+
+
+class Pace:
+    """Watches one exchange after another. Used from one thread, with the exchange's own clock."""
+
+    def __init__(self, blocks: int) -> None:
+        self._wire = WireLimit()
+        self._began: float | None = None  # of the exchange under way
+        self._computing_seconds = inf
+        self._bytes = 0, 0  # pushed and pulled when it began
+        self._versions = np.zeros(blocks, np.int64)  # after the worker's last update of each block
+        self._lag = self._usual_lag = 0.0  # updates of others between two of its own
+
+    def byte_limit(self, computing_seconds: float) -> int | None:
+        """What the next step may push, in bytes; None where the wire is no bottleneck."""
+        return self._wire.bytes(computing_seconds, self._lag, LATE * self._usual_lag if self._usual_lag else inf)
+
+    def begin(self, now: float, counters: Counters, computing_seconds: float) -> None:
+        """An exchange begins."""
+        self._began, self._computing_seconds = now, computing_seconds
+        self._bytes = counters.push_bytes, counters.pull_bytes
+
+    def end(self, now: float, counters: Counters, waited_seconds: float) -> None:
+        """Everything of it is answered, after the last wait for it took so long."""
+        if self._began is not None and waited_seconds >= SEEN_SECONDS:
+            pushed, pulled = counters.push_bytes - self._bytes[0], counters.pull_bytes - self._bytes[1]
+            self._wire.observe(pushed, pulled, now - self._began, self._computing_seconds)
+        self._began = None
+
+    def saw_version(self, block: int, version: int) -> None:
+        """An update of the block was applied as its `version`."""
+        before = int(self._versions[block])
+        self._versions[block] = version
+        if before:
+            lag = float(max(0, version - before - 1))
+            self._lag += (1 - MEMORY) * (lag - self._lag)
+            self._usual_lag += (1 - MEMORY) / 10 * (lag - self._usual_lag)
