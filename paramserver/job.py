@@ -354,6 +354,9 @@ def parse_job_text(text: str, source: str = "job") -> Job:
 def load_job(path: Path) -> Job:
     """The same from a file."""
     try:
+        if path.is_fifo() or path.is_socket():
+            # Whoever opens a pipe waits for its other end, perhaps for ever.
+            raise JobError(f"{path}: not a file but a pipe; write the job into a file")
         with path.open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
         text = raw[:MAX_FILE_BYTES].decode("utf-8")

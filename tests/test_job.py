@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,12 @@ def test_a_file_that_is_too_large_or_endless_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "large.yaml", Path("/dev/zero")):
         with pytest.raises(JobError, match=f"{path}: larger than 1048576 bytes"):
             load_job(path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(JobError, match=r"pipe.yaml: not a file but a pipe"):
+        load_job(tmp_path / "pipe.yaml")
 
 
 KEYS = st.text() | st.integers() | st.sampled_from(sorted(Job.model_fields))
