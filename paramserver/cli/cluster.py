@@ -21,11 +21,12 @@ DEFAULT_HTTP = "127.0.0.1:8420"
 FOLLOW_SECONDS = 0.3
 TAIL_BYTES = 64 * 2**10
 ENGINES = ("local", "compose", "ray")
+MOST_SHARDS, MOST_WORKERS = 64, 256  # processes of one machine
 
 
 def up(
-    shards: Annotated[int, typer.Option(min=1, max=64, help="Shard processes.")] = 2,
-    workers: Annotated[int, typer.Option(min=1, max=256, help="Worker processes.")] = 2,
+    shards: Annotated[int, typer.Option(min=1, max=MOST_SHARDS, help="Shard processes.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, max=MOST_WORKERS, help="Worker processes.")] = 2,
     http: Annotated[str, typer.Option(help="HOST:PORT of the HTTP interface; port 0 takes any.")] = DEFAULT_HTTP,
     runs: Annotated[Path | None, typer.Option(help="Where finished jobs are left (default: runs in the home).")] = None,
     data_root: Annotated[
@@ -43,6 +44,11 @@ def up(
     from deploy.home import HomeError, default_home
     from deploy.local import EngineError, Topology
 
+    for root in data_root or ():
+        if not root.is_dir():
+            raise InputError(
+                f"--data-root {str(root)!r}: there is no such folder; make it, or name the one with the data"
+            )
     home = default_home()
     topology = Topology(
         shards=shards,

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paramserver.cli.errors import EXIT_INTERRUPTED, FailedError
+from paramserver.cli.cluster import MOST_SHARDS, MOST_WORKERS
+from paramserver.cli.errors import EXIT_INTERRUPTED, FailedError, InputError
 from paramserver.cli.figures import EXIT_CODES, FINAL_STATES, progress_line, result_rows, write_rows
 from paramserver.cli.job_file import AsJson, JobFile, read_job, show_warnings
 
@@ -42,9 +43,10 @@ def run(
     """Train a job on this machine with a cluster of its own, and show the result."""
     from paramserver.process import install_stop
 
-    stop = install_stop()
     job = read_job(job_file)
+    _check_size(job, job_file)
     show_warnings(job.warnings(), job_file)
+    stop = install_stop()  # not before: reading a file is interrupted by an exception, not by a request
     directory = Path(tempfile.mkdtemp(prefix="paramserver-run-"))
     keep = True
     try:
@@ -63,6 +65,19 @@ def run(
     if stop.is_set():
         code = EXIT_TERMINATED if stop.reason == "SIGTERM" else EXIT_INTERRUPTED
     raise typer.Exit(code)
+
+
+def _check_size(job: Job, job_file: Path) -> None:
+    """Refuse a cluster of more processes than one machine is asked for, before the first one starts."""
+    for field, found, most in (
+        ("shards", job.cluster.shards, MOST_SHARDS),
+        ("workers", job.cluster.workers, MOST_WORKERS),
+    ):
+        if found > most:
+            raise InputError(
+                f"{job_file}: cluster.{field}: found {found}, but `run` starts at most {most} of them on this machine; "
+                "lower it, or submit the job to a cluster that has so many"
+            )
 
 
 def _train(job: Job, directory: Path, runs: Path, threads: int, stop: StopRequest) -> dict[str, Any]:

@@ -87,6 +87,27 @@ def test_missing_data_is_told_before_anything_starts(
     assert "PARAMSERVER_DATA is not set" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("field", "found", "most"), [("shards", 65, 64), ("workers", 257, 256)])
+def test_run_starts_no_more_processes_than_a_machine_is_asked_for(
+    field: str, found: int, most: int, tiny_job: Job, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.mkdtemp", lambda **_: pytest.fail("something was started"))
+    path = tiny_job("wide", **{field: found})
+    assert main(["run", str(path)]) == 2
+    assert f"cluster.{field}: found {found}, but `run` starts at most {most}" in capsys.readouterr().err
+
+
+def test_up_refuses_a_data_root_that_is_no_folder(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARAMSERVER_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("deploy.detached.bring_up", lambda *_: pytest.fail("a cluster was started"))
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "absent", tmp_path / "file"):
+        assert main(["up", "--data-root", str(root)]) == 2
+        assert f"--data-root '{root}': there is no such folder" in capsys.readouterr().err
+
+
 def test_a_missing_file_is_told(tmp_path: Path, capsys: Capture) -> None:
     assert main(["validate", str(tmp_path / "absent.yaml")]) == 2
     assert "there is no such file" in capsys.readouterr().err
