@@ -22,6 +22,16 @@ class ApiError(Exception):
         self.status = status
 
 
+class Answer(dict[str, Any]):
+    """A mapping of an answer. A field that is not there is the coordinator's, not a fault of the program that asks."""
+
+    def __missing__(self, field: str) -> Any:
+        raise ApiError(
+            f"the coordinator's answer has no {field!r}: it is of another release than this command; "
+            "use the one that it was started with, or end it with `paramserver down` and start it anew"
+        )
+
+
 class Api:
     """One coordinator. Not for use by several threads at a time."""
 
@@ -77,7 +87,7 @@ class Api:
         if not answer.content:
             return {}
         try:
-            return answer.json()
+            return answer.json(object_hook=Answer)
         except ValueError:
             raise ApiError(f"{self.url}{path} answers, but not in JSON: it is no coordinator", 0) from None
 

@@ -32,7 +32,22 @@ def connected(url: str | None) -> Iterator[Api]:
     except ApiError as error:
         if 400 <= error.status < 500:
             raise InputError(str(error)) from None
-        raise FailedError(str(error)) from None
+        is_local = url is None and VARIABLE not in os.environ
+        raise FailedError((is_local and not error.status and _why_silent()) or str(error)) from None
+
+
+def _why_silent() -> str:
+    """Why the cluster of this machine does not answer; empty where its coordinator lives."""
+    from deploy.home import default_home
+
+    record = default_home().record()
+    for death in record.deaths if record else ():
+        if death["name"] == "coordinator":
+            return (
+                f"the coordinator ended with {death['reason']} at {death['at']}; see `paramserver logs coordinator`. "
+                "`paramserver down`, then `paramserver up`, go on with the queue"
+            )
+    return ""
 
 
 def _local_url() -> str:

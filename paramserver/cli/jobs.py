@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, BinaryIO
 
 import typer
 
@@ -41,11 +41,11 @@ def list_jobs(url: Url = None, as_json: AsJson = False) -> None:
     """List all jobs, the newest first."""
     with connected(url) as api:
         found = api.jobs()
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return
-    for job in found:
-        print(f"{job['id']:<24} {job['state']:<12} {job['waiting'] or job['reason']}".rstrip())
+        if as_json:
+            print(json.dumps(found, indent=1))
+            return
+        for job in found:
+            print(f"{job['id']:<24} {job['state']:<12} {job['waiting'] or job['reason']}".rstrip())
 
 
 def status(
@@ -60,19 +60,23 @@ def status(
         if job is not None and (current is None or current["id"] != job):
             found = api.job(job)
             current = None
-    if as_json:
-        print(json.dumps(current if job is not None and current else found, indent=1))
-        return
-    _note_local_deaths(url)
-    if job is not None and current is None:
-        _write_job(found)
-        return
+        if as_json:
+            print(json.dumps(current if job is not None and current else found, indent=1))
+            return
+        _note_local_deaths(url)
+        if job is not None and current is None:
+            _write_job(found)
+        else:
+            _write_status(found, current, with_cluster=job is None)
+
+
+def _write_status(found: dict[str, Any], current: dict[str, Any] | None, with_cluster: bool) -> None:
     if current is None:
         print("No job runs.")
     else:
         write_rows(status_rows(current))
         write_rows(load_rows(current), "load")
-    if job is None:
+    if with_cluster:
         write_rows(session_rows(found), "sessions")
         for queued in found["queue"]:
             print(f"queued: {queued['id']} ({queued['waiting']})")
@@ -107,19 +111,32 @@ def export(
     url: Url = None,
 ) -> None:
     """Fetch the trained weights of a job that is done."""
-    if to.is_dir():
-        to = to / f"{job}.safetensors"
-    part = to.with_name(to.name + ".part")
-    try:
-        with connected(url) as api, part.open("wb") as file:
-            for piece in api.model(job):
-                file.write(piece)
-        part.replace(to)
-    except OSError as error:
-        raise FailedError(f"{to} cannot be written: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    with connected(url) as api:
+        file, part, to = _open_beside(to, job)
+        try:
+            with file:
+                for piece in api.model(job):
+                    file.write(piece)
+            part.replace(to)
+        except OSError as error:
+            raise FailedError(f"{to} cannot be written: {error.strerror}") from None
+        finally:
+            part.unlink(missing_ok=True)
     print(f"{to}: {to.stat().st_size:,} bytes", file=sys.stderr)
+
+
+def _open_beside(to: Path, job: str) -> tuple[BinaryIO, Path, Path]:
+    """(file, its path, the path that it gets when it is whole). Raises InputError where it cannot be written."""
+    try:
+        if to.is_dir():
+            to = to / f"{job}.safetensors"
+        if to.exists() and not to.is_file():
+            raise InputError(f"--to {to}: what is there is no file; name a file or a folder")
+        part = to.with_name(f"{to.name}.{os.getpid()}.part")
+        return part.open("xb"), part, to
+    except (OSError, ValueError) as error:  # the latter for a name that is none, such as ""
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--to {to}: cannot be written: {reason}; name a file in a folder that can") from None
 
 
 def add_to(app: typer.Typer) -> None:

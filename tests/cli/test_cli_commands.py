@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deploy.home import Home, Record
 from paramserver.cli import figures
 from paramserver.cli.__main__ import main
 
@@ -155,6 +159,81 @@ def test_no_cluster_is_one_clear_message(
     assert main(command) == 1
     assert "no coordinator answers at http://127.0.0.1:1" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+class OtherRelease(BaseHTTPRequestHandler):
+    """A coordinator whose answers have none of the fields that this release reads, and that has a model."""
+
+    def do_GET(self) -> None:
+        body = b"weights" if self.path.endswith("/model") else b'[{"id": "x"}]' if "jobs" in self.path else b"{}"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def other_release(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), OtherRelease) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        monkeypatch.setenv("PARAMSERVER_URL", f"http://127.0.0.1:{server.server_port}")
+        yield
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(("command", "field"), [("status", "job"), ("jobs", "state")])
+def test_an_answer_of_another_release_is_told_as_that(
+    command: str, field: str, other_release: None, capsys: Capture
+) -> None:
+    assert main([command]) == 1
+    shown = capsys.readouterr().err
+    assert f"has no '{field}': it is of another release" in shown
+    assert "fault of the program" not in shown
+
+
+@pytest.mark.parametrize("place", ["absent/x", "file/x", "/dev/null", "/proc/x", "x" * 300])
+def test_an_export_to_a_place_that_cannot_be_written_is_wrong_input_and_leaves_nothing(
+    place: str, other_release: None, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(["export", "x", "--to", place]) == 2
+    assert f"--to {place}: " in capsys.readouterr().err
+    assert Path("/dev/null").is_char_device()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_export_replaces_a_file_whole_and_touches_no_other(
+    other_release: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.safetensors").write_text("old")
+    (tmp_path / "x.safetensors.part").write_text("mine")
+    assert main(["export", "x", "--to", "."]) == 0
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "x.safetensors": "weights", "x.safetensors.part": "mine",
+    }  # fmt: skip
+
+
+def test_a_dead_coordinator_is_told_as_that(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARAMSERVER_HOME", str(tmp_path))
+    monkeypatch.delenv("PARAMSERVER_URL", raising=False)
+    home = Home(tmp_path)
+    lock = home.acquire()
+    try:
+        death = {"name": "coordinator", "reason": "signal SIGKILL", "at": "noon"}
+        home.write(Record(1, "ready", url="http://127.0.0.1:1", deaths=[death]))
+        assert main(["status"]) == 1
+    finally:
+        os.close(lock)
+    shown = capsys.readouterr().err
+    assert "the coordinator ended with signal SIGKILL at noon" in shown
+    assert "`paramserver down`, then `paramserver up`" in shown
 
 
 def test_an_address_that_is_none_is_told(capsys: Capture) -> None:
