@@ -51,6 +51,7 @@ class LeaseBook:
         granted = {lease.number for lease in grants}
         for number in confirmed:
             self._done.pop(number, None)
+            self._granted.pop(number, None)  # another's by now; one that is begun goes on, and its result is late
             self._confirmed.add(number)
         # What an order grants no longer it never grants again: it need not be remembered.
         self._confirmed &= granted

@@ -137,16 +137,26 @@ class Leasing:
         ):
             sums[name] = sums.get(name, 0) + value
 
-    def compare(self, session: Session, report: WorkerReport, seen: int) -> None:
-        """Bring the book in line with what the worker holds. Call after `take_results`."""
+    def compare(self, session: Session, report: WorkerReport, seen: int) -> list[int]:
+        """Bring the book in line with what the worker holds. Call after `take_results`.
+
+        Returns the numbers that it must forget: it was given up for a while, and they are done or another's now.
+        One that it has begun it may end; the result is late. It would never begin the others while they take the
+        room of its new grants, and hand those back as fast as they come.
+        """
         begun = set(report.begun)
         self.book.give_back(session.name, report.returned, begun)
         for number in report.returned:
             session.pending.pop(number, None)
         held = set(report.held)
-        for number in held:
-            if session.pending.pop(number, None) is None and not self.book.adopt(session.name, number):
-                self._count("stale-lease")
+        stale = {
+            number
+            for number in held
+            if session.pending.pop(number, None) is None and not self.book.adopt(session.name, number)
+        }
+        for _ in stale - session.stale:  # a lease counts once, however often it is told
+            self._count("stale-lease")
+        session.stale = stale
         self.book.begin(session.name, begun)
         for number in self.book.held_by(session.name):
             if number in held:
@@ -156,6 +166,7 @@ class Leasing:
             if pending is None or 0 < pending[0] <= seen:
                 session.pending.pop(number, None)
                 self.book.give_back(session.name, [number])
+        return sorted(stale - begun)
 
     def top_up(self, worker: Session, others: Iterable[str], kind: Kind, now: float) -> int:
         """Grant what the worker has room for, into `worker.pending`. Returns how many it may hold.

@@ -302,7 +302,7 @@ class JobRun:
         self.save_progress(now)
 
     def hear_worker(self, session: Session, report: WorkerReport, seen: int, now: float) -> list[int]:
-        """Take in a worker's report. Returns the numbers of the leases whose result it may forget."""
+        """Take in a worker's report. Returns the numbers of the leases that it may forget."""
         if report.job != self.record.id:
             return []
         self.telemetry.workers[session.name, session.incarnation] = report
@@ -311,7 +311,7 @@ class JobRun:
             return []
         self._take_declaration(session, report, now)
         confirmed = self.leasing.take_results(session, report.done)
-        self.leasing.compare(session, report, seen)
+        confirmed += self.leasing.compare(session, report, seen)
         self.save_leases_if_changed(now)
         return confirmed
 

@@ -44,6 +44,8 @@ class Session:
     report: ShardReport | WorkerReport | None = None  # None until the first heartbeat
     pending: dict[int, tuple[int, Lease]] = field(default_factory=dict)
     """Grants that no heartbeat has shown yet: lease number -> (first order that carried it, lease)."""
+    stale: set[int] = field(default_factory=set)
+    """Leases that it held at the last heartbeat and that are not its own any more."""
     told: object = None  # what the last order was about: another one is sent unasked when this changes
 
 

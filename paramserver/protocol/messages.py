@@ -403,7 +403,8 @@ class Orders(Message, frozen=True, kw_only=True, tag="orders"):
     """The answer to a Heartbeat; also sent unasked when something changes.
 
     `number` grows. A process without a job gets no order and drops what it holds of an older one.
-    `confirmed` are leases whose LeaseDone is recorded: the worker forgets them.
+    `confirmed` are leases whose LeaseDone is recorded, or that it has not begun and that are not its own any
+    more: the worker forgets them.
     """
 
     number: Count

@@ -152,6 +152,8 @@ class FakeWorker:
         self.order = order
         for number in orders.confirmed:
             self.done.pop(number, None)
+            if number not in self.begun:
+                self.held.pop(number, None)
         self.returned &= {lease.number for lease in order.grants}
         for lease in order.grants:
             if lease.number not in {*self.held, *self.done, *self.returned}:

@@ -153,6 +153,25 @@ def test_dead_workers_examples_are_done_by_the_others_and_those_that_it_had_begu
     assert set(counts.values()) == {1}
 
 
+def test_worker_that_was_given_up_and_comes_back_forgets_the_leases_that_others_have_now(cluster: Cluster) -> None:
+    cluster.submit(specification(stop={"epochs": 20}))
+    cluster.run(20, until="training")
+    cluster.run(1)
+    away = cluster.worker("worker-0")
+    had, begun = set(away.held), set(away.begun)
+    assert had > begun
+    del cluster.processes["worker-0"]
+    cluster.run(cluster.core.sessions.session_seconds + 2)
+    away.is_stuck = True  # it ends nothing, so that what it holds now is what it was told
+    cluster.start(away)
+    cluster.run(5)
+    assert set(away.held) & had == begun, "what it had not begun takes the room of new leases"
+    assert set(away.held) - had, "it got new ones"
+    assert 0 < cluster.core.counts["stale-lease"] <= len(had), "a lease counts once, not with every heartbeat"
+    away.is_stuck = False
+    cluster.run(60, until="done")
+
+
 @pytest.mark.parametrize("is_return_heard", [True, False])
 def test_lease_that_a_leaving_worker_had_begun_is_counted_as_repeated_and_no_other(
     cluster: Cluster, is_return_heard: bool

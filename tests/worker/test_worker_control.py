@@ -122,6 +122,17 @@ def test_surplus_over_hold_is_returned_newest_first_and_never_what_is_begun() ->
     assert book.returned == ()
 
 
+def test_lease_that_is_anothers_by_now_is_forgotten_unless_it_is_begun() -> None:
+    book = LeaseBook()
+    book.take_orders(leases(1, 2), (), 100, TRAIN)
+    book.begin("train")
+    book.take_orders(leases(3), (1, 2), 100, TRAIN)
+    assert book.held == (1, 3)
+    assert book.returned == ()
+    book.finish(LeaseDone(number=1))
+    assert [done.number for done in book.done] == [1]
+
+
 def test_leases_of_another_stage_are_returned() -> None:
     book = LeaseBook()
     book.take_orders(leases(1, 2), (), 100, TRAIN)
