@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,15 @@ class RunFolder:
         return (self.root / job_id).exists()
 
     def open(self, job_id: str, specification: str) -> None:
-        """Make the job's folder with its resolved specification. Raises FileExistsError when it is there."""
+        """Make the job's folder with its resolved specification, or none. Raises FileExistsError when it is there."""
         folder = self.root / job_id
         folder.mkdir()
         text = yaml.safe_dump(json.loads(specification), sort_keys=False, allow_unicode=True)
-        _write_whole(folder / "job.yaml", text)
+        try:
+            _write_whole(folder / "job.yaml", text)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)  # it would take the name from the next try
+            raise
 
     def append_metrics(self, job_id: str, figures: Mapping[str, Any]) -> None:
         with (self.root / job_id / "metrics.jsonl").open("a", encoding="utf-8") as file:
