@@ -1,4 +1,4 @@
-"""How fast a worker's exchanges are beside its computation, and how late its updates arrive: what `adaptive` adapts to."""
+"""How long exchanges take beside computation, and how late updates arrive: what `adaptive` adapts to."""
 
 from __future__ import annotations
 

@@ -64,10 +64,19 @@ def result_rows(result: Figures) -> list[tuple[str, str]]:
         loss = result["replica"][split]
         if loss["bits"] is not None:
             rows.append((what, f"{number(loss['bits'], 4)} bits a {symbol}"))
+    rows.append(("time", f"{number(result['seconds'], 1)} s"))
+    if result["steps"]:
+        rows += _training_rows(result)
+    if result["workers_lost"]:
+        rows.append(("workers lost", ", ".join(str(name) for name in result["workers_lost"])))
+    return rows
+
+
+def _training_rows(result: Figures) -> list[tuple[str, str]]:
+    """What there is to say once a step was taken."""
     staleness = result["staleness"]["all"]
     repeated = result["examples_repeated"]
-    rows += [
-        ("time", f"{number(result['seconds'], 1)} s"),
+    rows = [
         ("steps", count(result["steps"])),
         ("examples", count(result["examples"]) + (f", {count(repeated)} repeated" if repeated else "")),
         (
@@ -82,8 +91,6 @@ def result_rows(result: Figures) -> list[tuple[str, str]]:
         rows.append(("snapshots", f"{count(result['snapshots'])}, {byte_size(result['snapshot_bytes'])} of the pulled"))
     if result["skipped_steps"]:
         rows.append(("steps skipped, not finite", count(result["skipped_steps"])))
-    if result["workers_lost"]:
-        rows.append(("workers lost", ", ".join(str(name) for name in result["workers_lost"])))
     return rows
 
 

@@ -17,6 +17,8 @@ import pytest
 from deploy.home import Home, Record
 from paramserver.cli import figures
 from paramserver.cli.__main__ import main
+from paramserver.coordinator.effects import JobRecord
+from paramserver.coordinator.report import empty_result
 
 Job = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
@@ -277,6 +279,16 @@ def test_an_unexpected_error_shows_no_traceback_unless_asked(capsys: Capture, mo
     assert "Traceback" not in shown
     with pytest.raises(RuntimeError):
         main(["--debug", "schema"])
+
+
+def test_a_job_that_failed_before_its_first_step_shows_no_empty_figures() -> None:
+    record = JobRecord("x", 1, "{}", (), "today", state="failed", reason="more shards than blocks")
+    assert figures.result_rows(empty_result(record)) == [
+        ("state", "failed: more shards than blocks"),
+        ("time", "0.0 s"),
+    ]
+    trained = {**empty_result(record), "steps": 3, "workers_lost": ["worker-1"]}
+    assert {"steps", "examples", "pushed", "workers lost"} <= {name for name, _ in figures.result_rows(trained)}
 
 
 def test_byte_sizes_are_short() -> None:
