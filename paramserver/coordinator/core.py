@@ -26,6 +26,7 @@ from paramserver.coordinator.effects import (
 from paramserver.coordinator.lifecycle import ACTIVE_STATES, FINAL_STATES, JobRun
 from paramserver.coordinator.report import empty_result, job_figures, job_result, session_figures
 from paramserver.coordinator.sessions import Session, Sessions
+from paramserver.job import Cluster as ClusterNeeds
 from paramserver.job import Job, parse_job
 from paramserver.protocol.messages import (
     ExportPart,
@@ -107,6 +108,7 @@ class CoordinatorCore:
         self._effects: list[Effect] = []
         self._next_number = max((record.number for record in stored.jobs), default=0) + 1
         self._run: JobRun | None = None
+        self._counted = Counter[str]()  # `counts` when the running job's turn came
         self._last: JobRun | None = None  # the job that ended last: status goes on showing it
         self._started = now
         self._metrics_at = now
@@ -305,6 +307,7 @@ class CoordinatorCore:
         for session in workers:
             session.pending.clear()
         self._run = run
+        self._counted = self.counts.copy()
         self._metrics_at = now
 
     def _seal(self, record: JobRecord, result: Mapping[str, Any]) -> None:
@@ -315,7 +318,7 @@ class CoordinatorCore:
 
     def _end_running(self, run: JobRun, now: float) -> None:
         self._effects.append(AppendMetrics(run.record.id, self._metrics(run, now)))
-        self._seal(run.record, job_result(run, dict(self.counts), now))
+        self._seal(run.record, job_result(run, dict(self.counts - self._counted), now))
         self._run, self._last = None, run
         for session in self.sessions.of("worker"):
             session.pending.clear()
@@ -350,7 +353,7 @@ class CoordinatorCore:
         if self._run is None or self._run.record.id != job_id:
             waiting = self._make_run(record, now)
             waiting.enter("cancelled", now, "cancelled in the queue")
-            self._seal(waiting.record, job_result(waiting, dict(self.counts), now))
+            self._seal(waiting.record, job_result(waiting, {}, now))
         else:
             self._run.enter("cancelled", now, f"cancelled while {record.state}")
         self._move_on(now)
@@ -413,6 +416,17 @@ class CoordinatorCore:
             "specification": specification,
             "result": self.results.get(job_id),
         }
+
+    def shortage(self, wanted: ClusterNeeds) -> str:
+        """A warning where the cluster is smaller than a job needs it; empty where it is large enough."""
+        shards, workers = self._members()
+        if len(shards) >= wanted.shards and len(workers) >= wanted.workers:
+            return ""
+        return (
+            f"cluster: found {len(shards)} shards and {len(workers)} workers, the job needs {wanted.shards} and "
+            f"{wanted.workers}: it, and all jobs after it, wait until so many have joined; lower cluster.shards or "
+            "cluster.workers, or start more"
+        )
 
     def _wait_for_cluster(self, record: JobRecord) -> str:
         shards, workers = self._members()

@@ -28,6 +28,7 @@ from paramserver.coordinator.effects import (
 from paramserver.coordinator.runs import RunFolder
 from paramserver.coordinator.store import Store
 from paramserver.coordinator.submission import check_submission
+from paramserver.job import Job
 from paramserver.process import StopRequest, log
 from paramserver.protocol.messages import Tick
 from paramserver.protocol.transport import Listener, Malformed, Transport
@@ -235,13 +236,15 @@ class CoordinatorServer:
             future.cancel()
             raise BusyError("the coordinator is stopping, or overloaded: try again") from None
 
-    def submit(self, name: str, specification: str, warnings: list[str]) -> str:
-        """In the loop's thread: queue a checked job. Returns its id."""
-        job_id = self.core.unused_id(name, self._runs.is_taken)
+    def submit(self, job: Job) -> tuple[str, list[str]]:
+        """In the loop's thread: queue a checked job. Returns its id and warnings."""
+        specification = job.json_text()
+        warnings = [*job.warnings(), *filter(None, [self.core.shortage(job.cluster)])]
+        job_id = self.core.unused_id(job.name, self._runs.is_taken)
         self._runs.open(job_id, specification)
         submitted = datetime.now(UTC).isoformat(timespec="seconds")
         self._carry_out(self.core.submit(job_id, specification, warnings, submitted, self._clock()))
-        return job_id
+        return job_id, warnings
 
     def cancel(self, job_id: str) -> None:
         self._carry_out(self.core.cancel(job_id, self._clock()))
@@ -267,8 +270,7 @@ class ServerCommands:
     def submit(self, text: str) -> tuple[str, list[str]]:
         """Check and queue a job given as YAML or JSON. Returns its id and warnings. Raises JobError."""
         job = check_submission(text, self._data_roots)
-        warnings = job.warnings()
-        return self._server.call(lambda: self._server.submit(job.name, job.json_text(), warnings)), warnings
+        return self._server.call(lambda: self._server.submit(job))
 
     def cancel(self, job_id: str) -> None:
         """Raises UnknownJobError, EndedJobError."""

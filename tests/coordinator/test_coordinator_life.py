@@ -17,6 +17,7 @@ from coordinator_fakes import EXAMPLES, LAYOUT, MODEL, Cluster, FakeShard, FakeW
 from paramserver.coordinator.core import EndedJobError, UnknownJobError
 from paramserver.coordinator.effects import Send
 from paramserver.coordinator.store import FILE_NAME
+from paramserver.job import Cluster as Needs
 from paramserver.protocol.layout import Block, Layout, Parameter, cut_layout
 from paramserver.protocol.messages import (
     ExportPart,
@@ -89,6 +90,23 @@ def test_job_waits_for_enough_members_and_says_so(tmp_path: Path) -> None:
     cluster.start(FakeWorker("worker-1", 30))
     cluster.run(30, until="done")
     cluster.store.close()
+
+
+def test_job_that_needs_more_than_is_here_warns_and_one_that_does_not_is_silent(cluster: Cluster) -> None:
+    cluster.run(1)
+    assert cluster.core.shortage(Needs(shards=2, workers=2)) == ""
+    assert "2 shards and 2 workers, the job needs 1000 and 1" in cluster.core.shortage(Needs(shards=1000, workers=1))
+
+
+def test_result_holds_the_refusals_of_its_own_time_only(cluster: Cluster) -> None:
+    cluster.carry_out(cluster.core.malformed(b"stranger", "noise"))
+    first, second = cluster.submit(), cluster.submit()
+    cluster.run(20, until="training", job_id=first)
+    cluster.carry_out(cluster.core.malformed(b"stranger", "noise"))
+    cluster.carry_out(cluster.core.malformed(b"stranger", "noise"))
+    cluster.run(60, until="done", job_id=second)
+    assert cluster.written[first]["refusals"]["coordinator"] == {"malformed": 2}
+    assert cluster.written[second]["refusals"]["coordinator"] == {}
 
 
 def test_jobs_run_one_at_a_time_first_in_first_out(cluster: Cluster) -> None:

@@ -98,7 +98,9 @@ def test_wrong_version_is_refused_over_the_wire(coordinator: Process) -> None:
 
 
 def test_jobs_are_queued_listed_cancelled_and_survive_sigkill(coordinator: Process) -> None:
-    assert coordinator.http("POST", "/api/jobs", content=JOB).json()["id"] == "j"
+    first = coordinator.http("POST", "/api/jobs", content=JOB).json()
+    assert first["id"] == "j"
+    assert "found 0 shards and 0 workers, the job needs 2 and 2" in first["warnings"][-1]
     second = coordinator.http("POST", "/api/jobs", content=JOB)
     assert (second.status_code, second.json()["id"]) == (201, "j-2")
     assert coordinator.http("DELETE", "/api/jobs/j-2").status_code == 200
