@@ -285,6 +285,9 @@ class MemoryListener(_MemoryEndpoint):
             return SENT
         return self._network._send(link, parts)
 
+    def is_there(self, peer: Peer) -> bool:
+        return peer in self._links
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True

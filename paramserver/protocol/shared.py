@@ -48,6 +48,7 @@ _FRAME = struct.Struct("<QI")  # position, bytes
 # The first byte of everything that is the transport's own; no msgpack begins with it.
 MARK = 0xC1
 OFFER, ACCEPT, DECLINE, SHARED = b"\xc1O", b"\xc1A", b"\xc1D", b"\xc1S"
+PROBE = b"\xc1?"  # says nothing: that it could be queued says that its peer is there
 
 
 class SharingError(Exception):

@@ -99,6 +99,10 @@ class Listener(Protocol):
         """Where frames to this peer are best written; None where it shares no memory with us."""
         ...
 
+    def is_there(self, peer: Peer) -> bool:
+        """Whether the connection that is named so still exists. Costs a small message to it."""
+        ...
+
     def receive(self, timeout_seconds: float) -> Received | Malformed | None:
         """The next message, or None when the time is over."""
         ...

@@ -28,6 +28,7 @@ from paramserver.protocol.shared import (
     DECLINE,
     MARK,
     OFFER,
+    PROBE,
     SHARE_BYTES,
     SHARED,
     TOKEN_BYTES,
@@ -322,6 +323,17 @@ class ZeroMQListener(_Socket):
         """The ring towards this peer, where it shares one with us."""
         arena = self._mapping.of(peer)
         return None if arena is None else arena.outgoing
+
+    def is_there(self, peer: Peer) -> bool:
+        """Whether the connection still exists; a socket tells that only to who sends."""
+        try:
+            self.socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
+            self.socket.send(PROBE, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in _GONE:
+                raise
+            return error.errno == errno.EAGAIN  # its queue is full
+        return True
 
     def _take_own(self, peer: Peer, part: bytes) -> list[Buffer] | None:
         if part.startswith(OFFER):

@@ -47,6 +47,7 @@ from paramserver.shard.telemetry import Telemetry
 from paramserver.shard.watermarks import Verdict
 
 MAX_PEERS = 65536
+SWEEP_PEERS = 64  # from so many known connections on, gone ones are looked for whenever their number has doubled
 MAX_PARKED = 4096  # held pulls a peer; a worker has a few messages a step
 MAX_ANSWER_BYTES = MAX_MESSAGE_BYTES - 2**20  # what is left is for the head
 # lr factor by staleness in versions (staleness-aware SGD: Zhang et al., IJCAI 2016, eq. 5; its root is milder).
@@ -101,6 +102,7 @@ class Serving:
         warm_up(self.optimizer, {self.fp32, *self.push_encodings, *self.pull_encodings})
         self.telemetry = Telemetry()
         self.peers: dict[bytes, tuple[str, int]] = {}  # who said Hello: (worker, incarnation)
+        self.sweep_at = SWEEP_PEERS
         self.parked: dict[bytes, dict[int, Pull | Push]] = {}  # by peer and request: a repeated one takes its place
 
     def unpark(self, peer: bytes, request: Pull | Push) -> None:
@@ -109,6 +111,17 @@ class Serving:
         parked.pop(request.request, None)
         if not parked:
             self.parked.pop(peer, None)
+
+    def forget(self, peer: bytes) -> None:
+        """Nobody reads this connection any more."""
+        del self.peers[peer]
+        self.parked.pop(peer, None)
+
+    def sweep(self, is_there: Callable[[bytes], bool]) -> None:
+        """Forget the connections that are gone."""
+        for peer in [peer for peer in self.peers if not is_there(peer)]:
+            self.forget(peer)
+        self.sweep_at = max(SWEEP_PEERS, 2 * len(self.peers))
 
     def _apply(self, block: HeldBlock, encoding: Encoding, frame: Bytes, staleness: int) -> None:
         self.optimizer.apply(block.weights, block.state, block.version, encoding, frame, self.damping(staleness))
@@ -125,6 +138,7 @@ class ShardCore:
     refusals: Counter[str] = field(default_factory=Counter)
     pool: BufferPool = field(default_factory=BufferPool)
     memory: Callable[[bytes], FrameMemory | None] = lambda peer: None  # where frames to a peer are best written
+    is_there: Callable[[bytes], bool] = lambda peer: True  # whether a peer is still connected
 
     # ------------------------------------------------------------------ what to serve
 
@@ -316,9 +330,9 @@ class ShardCore:
                 continue
             if incarnation > hello.incarnation:
                 raise Refused("old-incarnation", f"{worker} is here with incarnation {incarnation}")
-            # The worker connected anew: nobody reads the old connection any more.
-            del serving.peers[known]
-            serving.parked.pop(known, None)
+            serving.forget(known)  # it connected anew
+        if len(serving.peers) >= min(serving.sweep_at, MAX_PEERS):
+            serving.sweep(self.is_there)
         if len(serving.peers) >= MAX_PEERS:
             raise Refused("not-served", f"this shard knows {MAX_PEERS} workers already, which is its limit")
         serving.peers[peer] = (hello.worker, hello.incarnation)

@@ -30,6 +30,7 @@ class ShardServer:
         self._transport = transport
         self._listener: Listener = transport.listen(listen)
         core.memory = self._listener.memory
+        core.is_there = self._listener.is_there
         self._control: Channel = transport.connect(coordinator)
         fields = {name: getattr(introduction, name) for name in introduction.__struct_fields__}
         fields["address"] = introduction.address or self._listener.address

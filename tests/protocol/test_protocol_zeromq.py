@@ -341,6 +341,22 @@ def test_an_answer_to_a_peer_that_is_gone_is_dropped_and_counted(
     assert listener.send(b"nobody", Initialised(request=1)).done
 
 
+def test_a_peer_is_there_until_its_connection_ends_and_does_not_hear_the_question(
+    listener: ZeroMQListener, channel: ZeroMQChannel
+) -> None:
+    assert not listener.is_there(b"nobody")
+    channel.send(tick(1))
+    peer = receive(listener).peer
+    assert listener.is_there(peer)
+    listener.send(peer, tick(2))
+    assert receive(channel).message == tick(2), "only what was sent is received"
+    channel.reset()
+    channel.send(tick(3))
+    again = receive(listener).peer
+    until(lambda: not listener.is_there(peer), "the old connection to end")
+    assert listener.is_there(again)
+
+
 def test_a_full_queue_drops_and_counts(transport: ZeroMQTransport) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         channel = transport.connect(f"tcp://127.0.0.1:{silent.getsockname()[1]}")

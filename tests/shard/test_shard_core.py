@@ -409,3 +409,20 @@ def test_sync_residuals_after_the_last_round_count_as_its_share() -> None:
     assert driver.weight == -2.0
     assert driver.core.serving is not None
     assert driver.core.serving.policy.pending_updates == 0
+
+
+def test_gone_connections_are_forgotten_before_a_live_worker_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paramserver.shard.core.MAX_PEERS", 300)
+    driver = Driver()
+    gone: set[bytes] = set()
+    driver.core.is_there = lambda peer: peer not in gone
+    serving = driver.core.serving
+    assert serving is not None
+    for number in range(1000):
+        assert isinstance(driver.hello(f"passing-{number}"), Welcome)
+        gone.add(f"passing-{number}".encode())
+        assert len(serving.peers) <= 2 * 64
+    assert {b"w0", b"w1"} <= serving.peers.keys()
+    for number in range(200):
+        assert isinstance(driver.hello(f"staying-{number}"), Welcome)
+    assert {f"staying-{number}".encode() for number in range(200)} <= serving.peers.keys(), "nobody who is there"
