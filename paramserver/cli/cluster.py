@@ -104,18 +104,18 @@ def logs(
 
 
 def _print_logs(paths: list[Path], follow: bool) -> None:
-    # Every line begins with its time and carries role and name, so several logs are merged by sorting.
+    # Every event begins with its time and carries role and name, so several logs are merged by sorting.
     opened = [path.open("rb") for path in paths]
     try:
-        lines = [line for file in opened for line in _tail(file)]
+        events = [event for file in opened for event in _events(_tail(file))]
         while True:
-            for line in sorted(lines):
-                sys.stdout.write(line.decode("utf-8", errors="replace"))
+            for event in sorted(events):
+                sys.stdout.write(event.decode("utf-8", errors="replace"))
             sys.stdout.flush()
             if not follow:
                 return
             time.sleep(FOLLOW_SECONDS)
-            lines = [line for file in opened for line in _new(file)]
+            events = [event for file in opened for event in _events(_new(file))]
     finally:
         for file in opened:
             file.close()
@@ -135,6 +135,17 @@ def _new(file: BinaryIO) -> list[bytes]:
     whole, newline, _ = file.read().rpartition(b"\n")
     file.seek(start + len(whole) + len(newline))
     return (whole + newline).splitlines(keepends=True)
+
+
+def _events(lines: list[bytes]) -> list[bytes]:
+    """Lines that do not begin with a time, a library's or a traceback's, stay with the one before them."""
+    events: list[bytes] = []
+    for line in lines:
+        if events and not line[:1].isdigit():
+            events[-1] += line
+        else:
+            events.append(line)
+    return events
 
 
 def note_deaths(record: Record | None) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -258,10 +259,10 @@ def test_logs_of_several_processes_are_merged_by_time(
 ) -> None:
     monkeypatch.setenv("PARAMSERVER_HOME", str(tmp_path))
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "a.log").write_text("1 first\n3 third\nhalf a li")
+    (tmp_path / "logs" / "a.log").write_text("1 first\nTraceback\n  cause\n3 third\nhalf a li")
     (tmp_path / "logs" / "b.log").write_text("2 second\n")
     assert main(["logs"]) == 0
-    assert capsys.readouterr().out == "1 first\n2 second\n3 third\n"
+    assert capsys.readouterr().out == "1 first\nTraceback\n  cause\n2 second\n3 third\n"
     assert main(["logs", "b"]) == 0
     assert capsys.readouterr().out == "2 second\n"
     assert main(["logs", "c"]) == 2
@@ -289,6 +290,20 @@ def test_a_job_that_failed_before_its_first_step_shows_no_empty_figures() -> Non
     ]
     trained = {**empty_result(record), "steps": 3, "workers_lost": ["worker-1"]}
     assert {"steps", "examples", "pushed", "workers lost"} <= {name for name, _ in figures.result_rows(trained)}
+
+
+def test_ctrl_c_while_commands_are_imported_shows_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    (script,) = entry_points(group="console_scripts", name="paramserver")
+    code = (
+        "import sys; from importlib.metadata import EntryPoint\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        f"sys.exit(EntryPoint('x', {script.value!r}, 'y').load()())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_byte_sizes_are_short() -> None:
