@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -169,8 +169,8 @@ def decoded(encoding: Encoding, frame: npt.NDArray[np.uint8], elements: int) -> 
     return out
 
 
-def norm(arrays: Iterator[Float32] | Sequence[Float32] | object) -> float:
-    return math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in arrays))  # type: ignore[attr-defined]
+def norm(arrays: Iterable[Float32]) -> float:
+    return math.sqrt(math.fsum(float(np.square(array, dtype=np.float64).sum()) for array in arrays))
 
 
 def split(name: str) -> tuple[str, float | None]:
@@ -197,7 +197,8 @@ class Adagrad:
     def update(self, block: int, gradient: Float32) -> Float32:
         squares = self._squares[block]
         squares += gradient * gradient
-        return -self._lr * (gradient / (np.sqrt(squares) + EPSILON))
+        step: Float32 = np.asarray(-self._lr * (gradient / (np.sqrt(squares) + EPSILON)), np.float32)
+        return step
 
     def copy(self) -> Adagrad:
         other = Adagrad(float(self._lr), {})
