@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME [options]]`: see benchmarks/README.md. Without a name: all that need no privileges."""
+"""`python -m benchmarks [NAME [options]]`: see benchmarks/README.md. Without one: those that are quick."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import warnings
 from paramserver.cli.bench.crew import QUIET, MeasurementError
 from paramserver.cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, CommandError
 
-ALL = ("apply", "exchange", "lstm", "convergence")
-PRIVILEGED = ("link",)
+ALL = ("codec", "apply", "exchange", "lstm", "convergence")
+APART = ("link", "bits", "coding")  # needs root; long simulations
 
 
 def main(arguments: list[str]) -> int:
     name, *rest = arguments or [""]
-    if name in (*ALL, *PRIVILEGED):
+    if name in (*ALL, *APART):
         wanted = [name]
     elif name in ("", "--quick"):
         wanted, rest = list(ALL), arguments
     else:
         print(
-            f"python -m benchmarks: found {name!r}; use one of {', '.join((*ALL, *PRIVILEGED))} and its options "
-            "(NAME --help lists them), or nothing for all but the last",
+            f"python -m benchmarks: found {name!r}; use one of {', '.join((*ALL, *APART))} and its options "
+            "(NAME --help lists them), or nothing for all but the last three",
             file=sys.stderr,
         )
         return 0 if name in ("-h", "--help") else 2

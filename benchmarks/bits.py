@@ -7,7 +7,7 @@ rest is plain numpy, and nothing depends on a clock. Vectors (biases) go at full
 All cells of a seed start from the same weights, those of a plain process after some steps: the first hundred steps
 are chaotic whatever is sent, and would hide a difference of a few percent.
 
-    python -m benchmarks.bits --workers 8 fp32,fp32 int4,ternary adaptive:0.6,coded:2 sign,ternary,worker
+    python -m benchmarks bits --workers 8 fp32,fp32 int4,ternary adaptive:0.6,coded:2 sign,ternary,worker
 """
 
 from __future__ import annotations
@@ -373,8 +373,10 @@ COLUMNS = ("N", "push", "pull", "where", "train", "gap (least most)", "valid", "
            "pull bits", "fewer", "residual", "distance")  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks bits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=600, help="of all workers together")
     parser.add_argument("--warm-up", type=int, default=300, help="steps of a plain process before")
     parser.add_argument("--workers", type=int, nargs="+", default=[8])
@@ -384,13 +386,9 @@ def main() -> None:
     parser.add_argument(
         "pairs", nargs="*", default=["fp32,fp32", "int4,ternary", "adaptive,coded"], help="PUSH,PULL[,worker]"
     )
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     pairs: list[tuple[str, str, str]] = []
     for pair in given.pairs:
         push, pull, *where = pair.split(",")
         pairs.append((push, pull, where[0] if where else "server"))
     run(pairs, given.workers, given.steps, given.warm_up, range(given.seeds), given.hidden, given.lr)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@ Real values come from the char-LSTM of plain.py, trained by Adagrad for some hun
 `coded` against the published replica: the deltas, and the gradients, of the last steps. `int4` and `ternary` beside
 them are the plain members. One thread, blocks of 2^18 elements that stay in the cache; rounds alternate.
 
-    python -m benchmarks.coding --steps 300
+    python -m benchmarks coding --steps 300
 """
 
 from __future__ import annotations
@@ -149,14 +149,12 @@ def run(steps: int, hidden: int, rounds: int) -> None:
     )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks coding", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--hidden", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=51)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     run(given.steps, given.hidden, given.rounds)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,31 +6,37 @@ and raises EncodingError.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 
 from paramserver.encoding.base import Bytes, EncodingError, Float32
 
+_Array = TypeVar("_Array", Bytes, Float32)
+
 RUN = 2048  # elements whose codes are packed together; encoding/memory/kernels.py has the same
+
+
+_FLOAT32, _BYTE = np.dtype(np.float32), np.dtype(np.uint8)
 
 
 def readable(frame: Bytes) -> Bytes:
     """A read-only view: kernels are compiled for read-only frames alone, so that there is one variant of each."""
-    _expect(frame, np.dtype(np.uint8), "frame")
-    view = frame.view()
-    view.flags.writeable = False
-    return view
+    _expect(frame, _BYTE, "frame")
+    return _read_only(frame)
 
 
-def sized(frame: Bytes, size: int, what: str) -> Bytes:
-    """The same for a frame that must have `size` bytes. Raises EncodingError("wrong-size")."""
+def sized(frame: Bytes, size: int, elements: int, identifier: str) -> Bytes:
+    """The same for the frame of a block, which must have `size` bytes. Raises EncodingError("wrong-size")."""
     if frame.size != size:
+        what = f"a block of {elements} elements in {identifier}"
         raise EncodingError("wrong-size", f"a frame of {frame.size} bytes, but {what} takes {size}")
     return readable(frame)
 
 
 def expect_float32(array: Float32, name: str, size: int | None = None) -> None:
     """Raise unless the array is flat, C-contiguous, writable float32 (of `size` elements, where given)."""
-    _expect(array, np.dtype(np.float32), name)
+    _expect(array, _FLOAT32, name)
     if size is not None and array.size != size:
         raise ValueError(f"{name} has {array.size} elements, it must have {size}")
     if not array.flags.writeable:
@@ -39,18 +45,25 @@ def expect_float32(array: Float32, name: str, size: int | None = None) -> None:
 
 def input_values(values: Float32) -> Float32:
     """Values to encode, as the one variant that kernels are compiled for: read-only, C-contiguous, aligned."""
-    _expect(values, np.dtype(np.float32), "values")
-    view = values.view()
-    view.flags.writeable = False
-    return view
+    _expect(values, _FLOAT32, "values")
+    return _read_only(values)
 
 
 def output_frame(frame: Bytes, size: int) -> None:
     """Raise unless the frame is a writable uint8 array of `size` bytes."""
-    _expect(frame, np.dtype(np.uint8), "frame")
+    _expect(frame, _BYTE, "frame")
     if frame.size != size or not frame.flags.writeable:
         state = "writable" if frame.flags.writeable else "read-only"
         raise ValueError(f"frame is {state} and has {frame.size} bytes; it must be writable and have {size}")
+
+
+def _read_only(array: _Array) -> _Array:
+    # Frames of a transport are read-only already, and a call should cost little beside a small block.
+    if not array.flags.writeable:
+        return array
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def _expect(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], dtype: np.dtype[np.generic], name: str) -> None:

@@ -32,7 +32,7 @@ class CompiledEncoding(Encoding):
         """`encode` of arrays that were checked; values are read-only."""
 
     def sized(self, frame: Bytes, elements: int) -> Bytes:
-        return frames.sized(frame, self.frame_bytes(elements), f"a block of {elements} elements in {self.identifier}")
+        return frames.sized(frame, self.frame_bytes(elements), elements, self.identifier)
 
     def decode(self, frame: Bytes, out: Float32) -> None:
         from paramserver.encoding import kernels

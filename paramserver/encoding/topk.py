@@ -47,20 +47,20 @@ class TopK(CompiledEncoding):
         kernels.encode_topk(self.kept(values.size), self.tile, values, totals, frame)
 
     def sized(self, frame: Bytes, elements: int) -> Bytes:
-        counts_bytes, what = 2 * _runs(elements), f"a block of {elements} elements in {self.identifier}"
-        checked = frames.readable(frame)
+        checked, counts_bytes = frames.readable(frame), 2 * _runs(elements)
         if frame.size < counts_bytes:
+            what = f"a block of {elements} elements in {self.identifier}"
             raise EncodingError(
-                "wrong-size", f"a frame of {frame.size} bytes, but {what} takes at least {counts_bytes}"
+                "wrong-size", f"a frame of {frame.size} bytes, but {what} takes {counts_bytes} at least"
             )
-        kept = int(checked[:counts_bytes].view("<u2").sum(dtype=np.int64))
-        return frames.sized(checked, self._size(elements, kept), f"{what} that keeps {kept}")
+        kept = _kept(checked, elements)
+        return frames.sized(checked, self._size(elements, kept), elements, f"{self.identifier} that keeps {kept}")
 
     def _check(self, frame: Bytes, elements: int) -> None:
         from paramserver.encoding.scales import kernels as scales
         from paramserver.encoding.sparse import kernels
 
-        kept = int(frame[: 2 * _runs(elements)].view("<u2").sum(dtype=np.int64))
+        kept = _kept(frame, elements)
         if (elements and not kept) or not kernels.are_places(frame, elements, kept):
             raise EncodingError(
                 "corrupt-frame",
@@ -73,3 +73,8 @@ class TopK(CompiledEncoding):
 
 def _runs(elements: int) -> int:
     return -(-elements // frames.RUN)
+
+
+def _kept(frame: Bytes, elements: int) -> int:
+    """How many elements a frame says that it keeps."""
+    return int(frame[: 2 * _runs(elements)].view("<u2").sum(dtype=np.int64))

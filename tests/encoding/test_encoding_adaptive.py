@@ -418,7 +418,6 @@ def test_everything_is_compiled_once_whatever_comes() -> None:
         kernels.improve,
         kernels.encode,
         kernels.decode,
-        kernels.decode_add,
         kernels.faults,
     ):
         assert len(kernel.signatures) == 1, kernel

@@ -13,14 +13,14 @@ from paramserver.encoding import kernels as family
 from paramserver.encoding.adaptive.levels import INT4, INT8, LEVELS, SEGMENT, SIGN, SKIP, TERNARY
 from paramserver.encoding.compiled import inlined, kernel
 from paramserver.encoding.memory import kernels as memory
-from paramserver.encoding.memory.kernels import MAGNITUDE, WIDTH, load, reinterpret, store, sum_of_lanes
+from paramserver.encoding.memory.kernels import MAGNITUDE, WIDTH, load, reinterpret, store
 from paramserver.encoding.packing.kernels import largest_byte
 from paramserver.encoding.scales.kernels import are_scales
+from paramserver.encoding.sums.kernels import NO_LIMIT, sum_above
 from paramserver.encoding.tiled.kernels import encode_int4, encode_int8, encode_sign, encode_ternary
 
 ADAPTIVE = 9  # Encoding.kind
 
-_ALL = np.float32(-1)  # every magnitude is above it
 _TRITS = 243  # a byte of five trits is less
 
 
@@ -57,7 +57,7 @@ def _energy(totals, count):
 @inlined
 def _sum_above(tile, totals, first, count, above):
     if tile == WIDTH:
-        return np.float64(sum_of_lanes(totals, first, above))
+        return np.float64(sum_above(totals, first, 1, above))
     total = np.float64(0)
     for i in range(first, first + count):
         magnitude = np.float64(np.abs(totals[i]))
@@ -69,7 +69,7 @@ def _sum_above(tile, totals, first, count, above):
 def _tile_gains(tile, totals, first, count):
     """(what sign gains, what ternary gains, what int4 loses) in one tile, as sums of squares."""
     size = np.float64(count)
-    total = _sum_above(tile, totals, first, count, _ALL)
+    total = _sum_above(tile, totals, first, count, NO_LIMIT)
     above = np.float32(0.75 * total / size)
     large, largest = np.int32(0), np.uint32(0)
     for i in range(count):
@@ -181,40 +181,27 @@ def _kind_of(level):
 
 
 @kernel
-def decode_segment(tile, frame, at, start, count, run):
-    """Decode elements [start, start + count), one segment, into run[:count]; returns where the next one lies.
+def decode_segment(tile, frame, at, start, out, add):
+    """Decode the segment that begins at element `start` into `out` (count,), or add it; returns where the next lies.
 
     `at` is where this one lies in the frame, which has been sized: the first one after all the level bytes.
     """
     level = load(frame, start // SEGMENT, np.uint8)
     if level == SKIP:
-        run[:count] = np.float32(0)
+        if not add:
+            out[:] = np.float32(0)
         return at
-    end = at + segment_bytes(level, count, tile)
-    family.decode(_kind_of(level), tile, frame[at:end], run[:count])
+    end = at + segment_bytes(level, out.size, tile)
+    family.decode(_kind_of(level), tile, frame[at:end], out, add)
     return end
 
 
 @kernel
-def decode(tile, frame, out):
-    """Decode a sized frame into `out`."""
+def decode(tile, frame, out, add):
+    """Decode a sized frame into `out`, or add its values to it."""
     at = (out.size + SEGMENT - 1) // SEGMENT
     for start in range(0, out.size, SEGMENT):
-        count = min(SEGMENT, out.size - start)
-        at = decode_segment(tile, frame, at, start, count, out[start : start + count])
-
-
-@kernel
-def decode_add(tile, frame, out):
-    """out += the values of a sized frame. Skipped segments are not touched."""
-    at = (out.size + SEGMENT - 1) // SEGMENT
-    for start in range(0, out.size, SEGMENT):
-        count = min(SEGMENT, out.size - start)
-        level = load(frame, start // SEGMENT, np.uint8)
-        if level != SKIP:
-            end = at + segment_bytes(level, count, tile)
-            family.decode_add(_kind_of(level), tile, frame[at:end], out[start : start + count])
-            at = end
+        at = decode_segment(tile, frame, at, start, out[start : min(start + SEGMENT, out.size)], add)
 
 
 @kernel

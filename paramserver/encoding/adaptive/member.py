@@ -97,19 +97,19 @@ class Adaptive(Encoding):
         size = int(kernels.frame_size(checked, elements, self.tile))
         if size < 0:
             raise EncodingError("corrupt-frame", f"a frame of {self.identifier} with a level above {LEVELS - 1}")
-        return frames.sized(checked, size, f"{what} at its levels")
+        return frames.sized(checked, size, elements, self.identifier)
 
     def decode(self, frame: Bytes, out: Float32) -> None:
         from paramserver.encoding.adaptive import kernels
 
         frames.expect_float32(out, "out")
-        kernels.decode(self.tile, self.sized(frame, out.size), out)
+        kernels.decode(self.tile, self.sized(frame, out.size), out, False)
 
     def decode_add(self, frame: Bytes, out: Float32) -> None:
         from paramserver.encoding.adaptive import kernels
 
         frames.expect_float32(out, "out")
-        kernels.decode_add(self.tile, self.sized(frame, out.size), out)
+        kernels.decode(self.tile, self.sized(frame, out.size), out, True)
 
     def check(self, frame: Bytes, elements: int) -> None:
         from paramserver.encoding.adaptive import kernels

@@ -28,7 +28,7 @@ from paramserver.encoding.coded.classes import (
     STATES,
 )
 from paramserver.encoding.compiled import inlined, kernel
-from paramserver.encoding.kernels import load, store
+from paramserver.encoding.memory.kernels import load, store
 
 LARGEST_CODE = 127
 STATE_BYTES = 4 * STATES

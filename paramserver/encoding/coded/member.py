@@ -43,7 +43,7 @@ class Coded(Encoding):
     """About 1.3 bits an element with a step of twice the root mean square; at most a byte an element."""
 
     name: ClassVar[str] = "coded"
-    kind: ClassVar[int] = 11
+    kind: ClassVar[int] = 10
     lossless: ClassVar[bool] = False
     bits: ClassVar[float] = 1.3
     is_fused: ClassVar[bool] = False
@@ -89,6 +89,16 @@ class Coded(Encoding):
         weights = input_values(weights)
         expect_float32(published, "published", weights.size)
         return self._encode(weights, published, frame, step, kernels.quantise_delta)
+
+    def sized(self, frame: Bytes, elements: int) -> Bytes:
+        least, most = STEP_BYTES + _segments(elements), self.frame_bytes(elements)
+        if not least <= frame.size <= most:
+            raise EncodingError(
+                "wrong-size",
+                f"a frame of {frame.size} bytes, but a block of {elements} elements in {self.identifier} takes "
+                f"{least} to {most}",
+            )
+        return readable(frame)
 
     def decode(self, frame: Bytes, out: Float32) -> None:
         """As `Encoding.decode`, but the frame need not be checked before: raises EncodingError, `out` unchanged."""
@@ -142,14 +152,7 @@ class Coded(Encoding):
         """Codes (n,) and step of a frame from anywhere. Raises EncodingError."""
         from paramserver.encoding.coded import kernels
 
-        frame = readable(frame)
-        least, most = STEP_BYTES + _segments(elements), self.frame_bytes(elements)
-        if not least <= frame.size <= most:
-            raise EncodingError(
-                "wrong-size",
-                f"a frame of {frame.size} bytes, but a block of {elements} elements in {self.identifier} takes "
-                f"{least} to {most}",
-            )
+        frame = self.sized(frame, elements)
         bits = int(frame[0]) | int(frame[1]) << 8
         is_zero = bits == 0 and not frame[STEP_BYTES:].any()
         if not (is_zero or _SMALLEST_STEP_BITS <= bits <= _LARGEST_STEP_BITS):
