@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.options import make_parser, rounds_of
 from benchmarks.report import median, show, spread
-from paramserver.encoding import Encoding, EncodingOptions, make_encoding
+from paramserver.encoding import Encoding, EncodingOptions, aligned_zeros, make_encoding
 from paramserver.encoding.base import Float32
 from paramserver.job import OptimizerSettings
 from paramserver.shard.optimizers import Optimizer, make_optimizer
@@ -51,8 +51,9 @@ class _Arrays:
     def __init__(self, elements: int) -> None:
         generator = np.random.default_rng(0)
         self.elements = elements
-        self.values = generator.standard_normal(elements, dtype=np.float32)
-        self.copy, self.residual, self.weights = (np.zeros(elements, np.float32) for _ in range(3))
+        self.values, self.residual, self.weights = (aligned_zeros(elements, place) for place in (0, 1, 0))
+        generator.standard_normal(out=self.values, dtype=np.float32)
+        self.copy = aligned_zeros(elements)
 
     def blocks(self, array: Float32) -> list[Float32]:
         return [array[start : start + BLOCK] for start in range(0, self.elements, BLOCK)]

@@ -13,6 +13,7 @@ from paramserver.encoding import (  # noqa: F401 - each registers itself in the 
     ternary,
     topk,
 )
+from paramserver.encoding.arrays import aligned_zeros
 from paramserver.encoding.base import (
     DEFAULT_TILE,
     Encoding,
@@ -29,6 +30,7 @@ __all__ = [
     "Encoding",
     "EncodingError",
     "EncodingOptions",
+    "aligned_zeros",
     "encoding_names",
     "make_encoding",
     "parse_encoding",

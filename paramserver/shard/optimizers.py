@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from paramserver.encoding import Encoding, make_encoding
+from paramserver.encoding import Encoding, aligned_zeros, make_encoding
 from paramserver.encoding import warm_up as warm_up_encoding
 from paramserver.encoding.base import Bytes, Float32
 from paramserver.encoding.frames import expect_float32
@@ -21,8 +21,6 @@ from paramserver.job import OptimizerSettings
 from paramserver.shard import kernels
 
 State = tuple[Float32, ...]
-
-_APART = 320  # elements: neither a whole nor a half of a page, which has 1,024
 
 
 class Optimizer(ABC):
@@ -36,7 +34,7 @@ class Optimizer(ABC):
 
     def state(self, elements: int) -> State:
         """Fresh state of a block, owned by the caller: `slots` arrays (elements,)."""
-        return tuple(_state_array(elements, slot) for slot in range(self.slots))
+        return tuple(aligned_zeros(elements, place=1 + slot) for slot in range(self.slots))  # the weights have place 0
 
     def apply(
         self,
@@ -108,7 +106,7 @@ class Adagrad(Optimizer):
     _kernel = staticmethod(kernels.adagrad)
 
     def state(self, elements: int) -> State:
-        squares = _state_array(elements, 0)
+        squares = aligned_zeros(elements, place=1)
         squares[:] = self._settings.initial_accumulator
         return (squares,)
 
@@ -138,16 +136,6 @@ class Rmsprop(Optimizer):
     def _factors(self, updates_before: int, lr_factor: float) -> tuple[float, ...]:
         decay = self._settings.decay
         return self._settings.lr * lr_factor, decay, 1 - decay, self._settings.epsilon
-
-
-def _state_array(elements: int, slot: int) -> Float32:
-    """Zeros that begin elsewhere in a page than the weights and the other slots do.
-
-    Large arrays all begin at the same place of a page; loads and stores whose addresses agree in their low 12
-    bits then wait for each other, which cost int4 + momentum a tenth.
-    """
-    apart = (slot + 1) * _APART
-    return np.zeros(elements + apart, np.float32)[apart:]
 
 
 _MEMBERS: dict[str, type[Optimizer]] = {
