@@ -10,6 +10,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from paramserver.encoding import aligned_zeros
 from paramserver.protocol.layout import Layout
 
 Float32 = npt.NDArray[np.float32]
@@ -26,7 +27,7 @@ class ResidualStore:
         """The live residual (elements,) of a block; an encoder changes it in place."""
         residual = self._residuals.get(block)
         if residual is None:
-            residual = self._residuals[block] = np.zeros(self._elements[block], np.float32)
+            residual = self._residuals[block] = aligned_zeros(self._elements[block], place=1)
         return residual
 
     def find(self, block: int) -> Float32 | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from paramserver.encoding import aligned_zeros
 from paramserver.encoding.base import Bytes, Encoding, Float32
 from paramserver.protocol.buffers import BufferPool
 from paramserver.protocol.layout import Block
@@ -29,7 +30,7 @@ class HeldBlock:
         self.index = block.index
         self.elements = block.elements
         self.group = block.group
-        self.weights: Float32 = np.zeros(block.elements, np.float32)  # (elements,)
+        self.weights: Float32 = aligned_zeros(block.elements)  # (elements,)
         self.state = optimizer.state(block.elements)  # `slots` arrays of (elements,)
         self.version = 0
         self.marks = Watermarks()
