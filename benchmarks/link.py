@@ -16,7 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
-from benchmarks.network import HUB_ADDRESS, Links, Traffic, end_address, in_namespace, plain_streams
+from benchmarks.network import (
+    HUB_ADDRESS,
+    Links,
+    Traffic,
+    congestion_control,
+    end_address,
+    in_namespace,
+    plain_streams,
+)
 from benchmarks.options import make_parser, rounds_of, seconds_of
 from benchmarks.report import median, show, spread
 from paramserver.cli.bench.choices import Ways, parse_pair, parse_sizes, short_size, synthetic_job
@@ -187,7 +195,7 @@ def run(rates: Sequence[int], rounds: int, seconds: float, pairs: Sequence[str],
         ["Mbit/s", "who", "steps/s", "x DDP", "used: up down", "busy %", "bits up down", "/ payload", "resent"],
         rows,
         {"benchmark": "link", "parameters": parameters, "shards": shards, "rounds": rounds, "results": facts,
-         "seconds": time.monotonic() - started},
+         "congestion_control": congestion_control(), "seconds": time.monotonic() - started},
     )  # fmt: skip
 
 

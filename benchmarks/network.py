@@ -34,6 +34,11 @@ PROBE_BYTES = 64 * 1024
 SETTLE_SECONDS = 1.0  # of a plain stream, before it is measured
 
 
+def congestion_control() -> str:
+    """What this kernel's TCP does about a full link; fresh namespaces take it over."""
+    return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text(encoding="utf-8").strip()
+
+
 def end_address(number: int) -> str:
     return f"10.77.{number}.2"
 

@@ -80,7 +80,7 @@ def _sweep_segments(step, tile, frame, weights, state, factors):
     at = (elements + RUN - 1) // RUN  # a level each comes first
     for start in range(0, elements, RUN):
         count = min(RUN, elements - start)
-        at = decode_segment(tile, frame, at, start, count, run)
+        at = decode_segment(tile, frame, at, start, run[:count], False)
         # A skipped segment is a gradient of zero, and not no gradient: momentum and means move on.
         for i in range(np.uintp(count)):
             step(run[i], np.uintp(start) + i, weights, state, factors)
