@@ -9,9 +9,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -27,6 +29,13 @@ QUIET = {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 class MeasurementError(Exception):
     """A measurement that cannot go on: which process, what it was to do, and what became of it."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A child's last word where it cannot go on."""
+
+    text: str
 
 
 class Line:
@@ -54,12 +63,26 @@ class Child:
         try:
             self.connection.send(value)
         except OSError:
-            raise MeasurementError(self.end("it was told to go on")) from None
+            raise self.end("it was told to go on") from None
 
-    def end(self, when: str) -> str:
-        """How this child ended, as a sentence."""
+    def take(self) -> Any:
+        """What it has said. Raises MeasurementError where that is a Failure, EOFError where it says nothing more."""
+        said = self.connection.recv()
+        if isinstance(said, Failure):
+            raise MeasurementError(f"{self.name} cannot go on: {said.text}")
+        return said
+
+    def end(self, when: str) -> MeasurementError:
+        """The error that this child's end is."""
         self.process.join(GRACE_SECONDS)
-        return f"{self.name} ended with exit code {self.process.exitcode} when {when}; its error is above"
+        try:
+            while self.connection.poll():
+                self.take()
+        except (EOFError, OSError):
+            pass
+        except MeasurementError as error:
+            return error
+        return MeasurementError(f"{self.name} ended with exit code {self.process.exitcode} when {when}")
 
 
 class Crew:
@@ -111,12 +134,12 @@ class Crew:
             for child in missing:
                 try:
                     if child.connection.poll():  # the last words of a child that has ended still count
-                        heard[child.name] = child.connection.recv()
+                        heard[child.name] = child.take()
                 except (EOFError, OSError):
-                    raise MeasurementError(child.end(f"{what} was awaited")) from None
+                    raise child.end(f"{what} was awaited") from None
             for child in self.children:
                 if child.process.exitcode:
-                    raise MeasurementError(child.end(f"{what} was awaited"))
+                    raise child.end(f"{what} was awaited")
             if len(heard) < len(wanted) and time.monotonic() >= deadline:
                 names = ", ".join(child.name for child in wanted if child.name not in heard)
                 raise MeasurementError(f"waited {seconds:.0f} s in vain for {names}: {what}")
@@ -130,7 +153,7 @@ class Crew:
             if child.process.exitcode is None:
                 raise MeasurementError(f"{child.name} did not end within {seconds:.0f} s")
             if child.process.exitcode:
-                raise MeasurementError(child.end("it was to end"))
+                raise child.end("it was to end")
 
     def end(self, children: Sequence[Child]) -> None:
         """Tell these children that it is over, and wait for them."""
@@ -165,7 +188,14 @@ def _child(connection: Connection, target: Callable[..., None], arguments: Seque
     # Ctrl-C reaches the whole group; the parent ends us, in order and without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="lifeline", daemon=True).start()
-    target(Line(connection), *arguments)
+    try:
+        target(Line(connection), *arguments)
+    except MeasurementError as error:
+        connection.send(Failure(str(error)))
+        sys.exit(1)
+    except Exception as error:
+        connection.send(Failure(f"{type(error).__name__}: {error}"))
+        raise
 
 
 def _end_with_parent() -> None:

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from paramserver.cli.bench.choices import Ways, synthetic_job
-from paramserver.cli.bench.crew import START_SECONDS, Child, Crew, Line, cpu_seconds, say_all
+from paramserver.cli.bench.crew import START_SECONDS, Child, Crew, Line, MeasurementError, cpu_seconds, say_all
 
 if TYPE_CHECKING:
     from paramserver.protocol.messages import ShardAddress, ShardReport
@@ -89,6 +90,8 @@ def measure(setting: Setting) -> Rate:
 
     Raises InputError for encodings that a job may not have, MeasurementError where a process fails.
     """
+    if find_spec("torch") is None:
+        raise MeasurementError("workers need torch, which is not installed: pip install 'paramserver[models]'")
     job = synthetic_job(setting.ways, setting.optimizer)
     with Crew(shared_memory(setting.is_memory_shared)) as crew:
         servers, addresses = start_shards(crew, setting.shapes, setting.shards, job.json_text())
