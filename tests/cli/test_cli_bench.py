@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,11 @@ def wait_for_word(line: Line) -> None:
     line.hear()
 
 
+def hear_nothing(line: Line) -> None:
+    line.say(os.getpid())
+    threading.Event().wait(100)
+
+
 def ignore_its_end(line: Line) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     wait_for_word(line)
@@ -183,7 +189,7 @@ def test_children_end_when_their_parent_is_killed(processes: Processes, poll: Ca
         "import test_cli_bench as here; from paramserver.cli.bench.crew import Crew\n"
         "if __name__ == '__main__':\n"
         "    with Crew() as crew:\n"
-        "        print(*crew.hear([crew.start('a', here.wait_for_word)], 'pid'), flush=True)\n"
+        "        print(*crew.hear([crew.start('a', here.hear_nothing)], 'pid'), flush=True)\n"
         "        input()\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
