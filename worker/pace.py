@@ -27,6 +27,8 @@ class Pace:
 
     def byte_limit(self, computing_seconds: float) -> int | None:
         """What the next step may push, in bytes; None where the wire is no bottleneck."""
+        if computing_seconds == inf:
+            return None  # nobody said what an exchange may take
         return self._wire.bytes(computing_seconds, self._lag, LATE * self._usual_lag if self._usual_lag else inf)
 
     def begin(self, now: float, counters: Counters, computing_seconds: float) -> None:
