@@ -222,7 +222,8 @@ def test_terminated_worker_flushes_hands_back_and_exits_0(coordinator: PlayedCoo
     report = coordinator.report()
     assert report.held == ()
     assert report.returned
-    assert 1 <= len(report.begun) <= 2, "the lease that it was in, and one whose last update was on its way"
+    # The lease that it was in, and one whose last update was on its way; between two leases none.
+    assert len(report.begun) <= 2
     assert set(report.begun) <= set(report.returned)
     assert report.drained
     assert report.residual_norm == 0
