@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
@@ -185,8 +184,9 @@ def say_all(children: Iterable[Child], value: object = None) -> None:
 
 
 def _child(connection: Connection, target: Callable[..., None], arguments: Sequence[object]) -> None:
-    # Ctrl-C reaches the whole group; the parent ends us, in order and without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A session of its own, as the local engine's processes have: Ctrl-C reaches the parent alone, which ends us in
+    # order, and a scheduler that shares a busy machine out by sessions treats all measured processes alike.
+    os.setsid()
     threading.Thread(target=_end_with_parent, name="lifeline", daemon=True).start()
     try:
         target(Line(connection), *arguments)
