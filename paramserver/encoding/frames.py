@@ -36,6 +36,10 @@ def sized(frame: Bytes, size: int, elements: int, identifier: str) -> Bytes:
 
 def expect_float32(array: Float32, name: str, size: int | None = None) -> None:
     """Raise unless the array is flat, C-contiguous, writable float32 (of `size` elements, where given)."""
+    # Right arrays are the rule: what is wrong with others is looked for afterwards.
+    flags_are_right = array.dtype is _FLOAT32 and array.ndim == 1 and array.flags.carray
+    if flags_are_right and (size is None or array.size == size):
+        return
     _expect(array, _FLOAT32, name)
     if size is not None and array.size != size:
         raise ValueError(f"{name} has {array.size} elements, it must have {size}")

@@ -2,8 +2,8 @@
 
 An optimiser is a step for one element; `_sweep` runs it over a block in a loop for each kind of frame, and
 all of it is inlined. Arithmetic is float32 in the order written, without fastmath: the same frames give the
-same weights. Factors come in as float32; a plain Python number would turn the loop into float64. Arrays are
-trusted, frames checked; weights and state are changed in place. The formulas are those of torch.optim.
+same weights. Factors are what Python has; a step makes each float32 first, or its loop would turn into float64.
+Arrays are trusted, frames checked; weights and state are changed in place. The formulas are those of torch.optim.
 """
 
 # mypy: disable-error-code=no-untyped-def
@@ -108,12 +108,12 @@ def _sweep(step, kind, tile, frame, weights, state, factors):
 
 @inlined
 def _sgd_step(g, i, weights, state, factors):
-    weights[i] -= factors[0] * g
+    weights[i] -= np.float32(factors[0]) * g
 
 
 @inlined
 def _momentum_step(g, i, weights, state, factors):
-    lr, momentum = factors
+    lr, momentum = np.float32(factors[0]), np.float32(factors[1])
     velocity = momentum * state[0][i] + g
     state[0][i] = velocity
     weights[i] -= lr * velocity
@@ -121,7 +121,7 @@ def _momentum_step(g, i, weights, state, factors):
 
 @inlined
 def _nesterov_step(g, i, weights, state, factors):
-    lr, momentum = factors
+    lr, momentum = np.float32(factors[0]), np.float32(factors[1])
     velocity = momentum * state[0][i] + g
     state[0][i] = velocity
     weights[i] -= lr * (g + momentum * velocity)
@@ -129,7 +129,7 @@ def _nesterov_step(g, i, weights, state, factors):
 
 @inlined
 def _adagrad_step(g, i, weights, state, factors):
-    lr, epsilon = factors
+    lr, epsilon = np.float32(factors[0]), np.float32(factors[1])
     squares = state[0][i] + g * g
     state[0][i] = squares
     weights[i] -= lr * (g / (np.sqrt(squares) + epsilon))
@@ -137,7 +137,9 @@ def _adagrad_step(g, i, weights, state, factors):
 
 @inlined
 def _adam_step(g, i, weights, state, factors):
-    lr, root, keep_mean, keep_square, new_mean, new_square, epsilon = factors
+    lr, root, epsilon = np.float32(factors[0]), np.float32(factors[1]), np.float32(factors[6])
+    keep_mean, keep_square = np.float32(factors[2]), np.float32(factors[3])
+    new_mean, new_square = np.float32(factors[4]), np.float32(factors[5])
     mean = keep_mean * state[0][i] + new_mean * g
     square = keep_square * state[1][i] + new_square * (g * g)
     state[0][i] = mean
@@ -147,7 +149,8 @@ def _adam_step(g, i, weights, state, factors):
 
 @inlined
 def _rmsprop_step(g, i, weights, state, factors):
-    lr, keep, new, epsilon = factors
+    lr, epsilon = np.float32(factors[0]), np.float32(factors[3])
+    keep, new = np.float32(factors[1]), np.float32(factors[2])
     square = keep * state[0][i] + new * (g * g)
     state[0][i] = square
     weights[i] -= lr * (g / (np.sqrt(square) + epsilon))

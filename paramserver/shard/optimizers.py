@@ -57,7 +57,7 @@ class Optimizer(ABC):
         for array in state:
             expect_float32(array, "optimiser state", weights.size)
         encoding, frame = _fused(encoding, frame, weights.size)
-        factors = tuple(map(np.float32, self._factors(updates_before, lr_factor)))
+        factors = self._factors(updates_before, float(lr_factor))
         self._kernel(encoding.kind, encoding.tile, frame, weights, state, factors)
 
     @abstractmethod
