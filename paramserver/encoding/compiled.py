@@ -2,7 +2,7 @@
 
 Numba's own disk cache looks only at the file of the function itself: when a kernel that it calls in
 another file changes, it would go on running the old code. So the cache lives in a folder that is named
-by a hash of every `kernels.py` of this package, which the source folder need not be writable for.
+by a hash of every `kernels.py` and `constants.py` of this package, which the source folder need not be writable for.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from numba.extending import intrinsic
 from paramserver.process import log
 
 KERNEL_FILE = "kernels.py"
+CONSTANTS_FILE = "constants.py"  # what kernels and others share: compiled in, so part of the cache's name as well
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 _config: Any = numba.config  # numba sets its attributes at run time
@@ -85,9 +86,9 @@ def _numba_cache(folder: Path | None) -> Iterator[None]:
 
 
 def source_hash(package: Path = _PACKAGE) -> str:
-    """Sixteen hex digits over the text of every kernel of the package and of this file."""
+    """Sixteen hex digits over the text of all that is compiled in: kernels, their constants, and this file."""
     digest = hashlib.sha256()
-    for path in sorted([*package.rglob(KERNEL_FILE), Path(__file__)]):
+    for path in sorted([*package.rglob(KERNEL_FILE), *package.rglob(CONSTANTS_FILE), Path(__file__)]):
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]

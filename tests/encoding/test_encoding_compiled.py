@@ -43,9 +43,10 @@ def test_frames_of_every_origin_share_one_compiled_variant() -> None:
         warm_up(encoding)
         size = encoding.frame_bytes(100)
         buffer = bytearray(size + 1)
-        encoding.encode(np.frombuffer(values.tobytes(), np.float32), np.frombuffer(buffer, np.uint8)[1:], values * 0)
+        room = np.frombuffer(buffer, np.uint8)[1:]
+        taken = 1 + encoding.encode(np.frombuffer(values.tobytes(), np.float32), room, values * 0)
         encoding.encode(values, np.empty(size, np.uint8))
-        for frame in (np.frombuffer(buffer, np.uint8)[1:], np.frombuffer(bytes(buffer), np.uint8)[1:]):
+        for frame in (np.frombuffer(buffer, np.uint8)[1:taken], np.frombuffer(bytes(buffer), np.uint8)[1:taken]):
             encoding.check(frame, 100)
             encoding.decode(frame, np.empty(100, np.float32))
     for kernel in ALL:
@@ -58,14 +59,17 @@ def test_kernels_run_without_the_gil_and_without_fastmath() -> None:
         assert not kernel.targetoptions["fastmath"]
 
 
-def test_cache_name_changes_with_any_kernel_source(tmp_path: Path) -> None:
+def test_cache_name_changes_with_any_kernel_source_and_its_constants(tmp_path: Path) -> None:
     for room in ("encoding", "shard"):
         (tmp_path / room).mkdir()
         (tmp_path / room / "kernels.py").write_text("a = 1\n")
     before = compiled.source_hash(tmp_path)
     assert compiled.source_hash(tmp_path) == before
     (tmp_path / "encoding" / "kernels.py").write_text("a = 2\n")
-    assert compiled.source_hash(tmp_path) != before
+    changed = compiled.source_hash(tmp_path)
+    assert changed != before
+    (tmp_path / "shard" / "constants.py").write_text("b = 1\n")
+    assert compiled.source_hash(tmp_path) not in (before, changed)
 
 
 def test_kernel_outside_a_kernel_file_is_rejected() -> None:
