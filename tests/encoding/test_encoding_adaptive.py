@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from paramserver.encoding import EncodingError, EncodingOptions, make_encoding, parse_encoding, warm_up
 from paramserver.encoding.adaptive import Adaptive, BitPolicy, Part, Plan, WireLimit, kernels
-from paramserver.encoding.adaptive.levels import INT4, INT8, LEVELS, SEGMENT, SIGN, SKIP, TERNARY, level_bytes
+from paramserver.encoding.adaptive.constants import INT4, INT8, LEVELS, SEGMENT, SIGN, SKIP, TERNARY, level_bytes
 from paramserver.encoding.adaptive.planning import choose
 from paramserver.encoding.base import Bytes, Float32
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from paramserver.encoding import EncodingError, make_encoding, parse_encoding
 from paramserver.encoding.base import Bytes, Float32
 from paramserver.encoding.coded import Coded, StepPolicy, kernels, round_step, warm_up
-from paramserver.encoding.coded.classes import ALL_ZERO, CLASSES, RAW, SEGMENT
+from paramserver.encoding.coded.constants import ALL_ZERO, CLASSES, RAW, SEGMENT
 from paramserver.encoding.coded.tables import tables
 
 SIZES = [0, 1, 2, 3, 7, 64, 65, 2047, 2048, 2049, 4100, 70_001]

@@ -9,7 +9,7 @@ import pytest
 
 from paramserver.encoding import EncodingError, make_encoding, parse_encoding
 from paramserver.encoding.adaptive import Adaptive
-from paramserver.encoding.adaptive.levels import LEVELS, segments_of
+from paramserver.encoding.adaptive.constants import LEVELS, segments_of
 from paramserver.encoding.base import Bytes, Encoding, Float32
 from paramserver.job import OptimizerSettings
 from paramserver.shard.optimizers import decode_add, make_optimizer, warm_up

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from paramserver.encoding import kernels as family
-from paramserver.encoding.adaptive.levels import INT4, INT8, LEVELS, SEGMENT, SIGN, SKIP, TERNARY
+from paramserver.encoding.adaptive.constants import INT4, INT8, LEVELS, SEGMENT, SIGN, SKIP, TERNARY
 from paramserver.encoding.compiled import inlined, kernel
 from paramserver.encoding.memory import kernels as memory
 from paramserver.encoding.memory.kernels import MAGNITUDE, WIDTH, load, reinterpret, store

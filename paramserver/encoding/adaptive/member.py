@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paramserver.encoding import frames
-from paramserver.encoding.adaptive.levels import INT8, LEVELS, SEGMENT, SKIP, level_bytes, segments_of
+from paramserver.encoding.adaptive.constants import INT8, LEVELS, SEGMENT, SKIP, level_bytes, segments_of
 from paramserver.encoding.adaptive.planning import choose
 from paramserver.encoding.base import Bytes, Encoding, EncodingError, EncodingOptions, Float32, register
 
@@ -24,7 +24,7 @@ Losses = npt.NDArray[np.float64]
 
 @register
 class Adaptive(Encoding):
-    """A byte a segment and what its level takes, with scales of `tile` elements. See adaptive/levels.py."""
+    """A byte a segment and what its level takes, with scales of `tile` elements. See adaptive/constants.py."""
 
     name: ClassVar[str] = "adaptive"
     kind: ClassVar[int] = 9

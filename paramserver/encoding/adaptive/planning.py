@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from paramserver.encoding.adaptive.levels import INT8, LEVELS, SKIP, level_bytes
+from paramserver.encoding.adaptive.constants import INT8, LEVELS, SKIP, level_bytes
 
 Counts = npt.NDArray[np.int64]
 Levels = npt.NDArray[np.uint8]

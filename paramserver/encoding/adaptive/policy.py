@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from paramserver.encoding.adaptive.levels import LEVELS, SEGMENT, SIGN, SKIP, segments_of
+from paramserver.encoding.adaptive.constants import LEVELS, SEGMENT, SIGN, SKIP, segments_of
 from paramserver.encoding.adaptive.member import DEFAULT_ERROR, Adaptive, Levels, Losses
 from paramserver.encoding.adaptive.planning import choose
 from paramserver.encoding.base import Bytes, EncodingOptions, Float32

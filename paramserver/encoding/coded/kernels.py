@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from paramserver.encoding.coded.classes import (
+from paramserver.encoding.coded.constants import (
     ALL_ZERO,
     CLASSES,
     ESCAPE,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paramserver.encoding.base import Bytes, Encoding, EncodingError, Float32, register
-from paramserver.encoding.coded.classes import SEGMENT, STATES
+from paramserver.encoding.coded.constants import SEGMENT, STATES
 from paramserver.encoding.frames import expect_float32, input_values, output_frame, readable
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from paramserver.encoding.coded.classes import (
+from paramserver.encoding.coded.constants import (
     ESCAPE,
     EXCESSES,
     PAIR_LARGEST,
