@@ -50,7 +50,8 @@ def test_frames_of_every_origin_share_one_compiled_variant() -> None:
             encoding.check(frame, 100)
             encoding.decode(frame, np.empty(100, np.float32))
     for kernel in ALL:
-        assert len(kernel.signatures) == 1, kernel
+        # None where it is called by kernels alone and those were loaded from the disk cache.
+        assert len(kernel.signatures) <= 1, kernel
 
 
 def test_kernels_run_without_the_gil_and_without_fastmath() -> None:
