@@ -19,6 +19,8 @@ from paramserver.encoding.memory.kernels import BF16, FP32, INT8, RUN, SPARE, TO
 from paramserver.encoding.packing.kernels import unit_of, unpack_run
 from paramserver.encoding.sparse.kernels import kept_elements, topk_run
 
+_SET = np.bool_(False)  # decode, without adding; a plain False would be a type of its own, compiled once more
+
 
 @inlined
 def _tile(step, code_at, codes, first, count, scale, start, weights, state, factors):
@@ -80,7 +82,7 @@ def _sweep_segments(step, tile, frame, weights, state, factors):
     at = (elements + RUN - 1) // RUN  # a level each comes first
     for start in range(0, elements, RUN):
         count = min(RUN, elements - start)
-        at = decode_segment(tile, frame, at, start, run[:count], False)
+        at = decode_segment(tile, frame, at, start, run[:count], _SET)
         # A skipped segment is a gradient of zero, and not no gradient: momentum and means move on.
         for i in range(np.uintp(count)):
             step(run[i], np.uintp(start) + i, weights, state, factors)

@@ -55,7 +55,7 @@ def test_validate_prints_what_a_job_resolves_to(tiny_job: Job, capsys: Capture) 
     path = tiny_job()
     assert main(["validate", str(path)]) == 0
     shown = capsys.readouterr()
-    assert "encoding int8, tile 64" in shown.out
+    assert "encoding int4, tile 64" in shown.out
     assert "is a valid job, and its data is here" in shown.out
     assert shown.err == ""
     assert main(["validate", "--json", str(path)]) == 0

@@ -32,12 +32,19 @@ NEVER_SECONDS = 1e6
 MOST_SLOW = 20.0  # a timed part may take so many times its seconds: one cycle may be longer than all of it
 
 REPORT = "report"
-COUNTED = (  # of a shard's report: what only grows
+REPORTED = (  # of a shard's report: what only grows
     "updates",
     "bytes_in",
     "bytes_out",
     "waiting_seconds",
     "working_seconds",
+)
+COUNTED = (
+    *REPORTED,
+    "push_payload_bytes",
+    "push_elements",
+    "pull_payload_bytes",
+    "pull_elements",
 )
 PEAK = "megabytes_above_imports"
 
@@ -189,7 +196,7 @@ def serve_shard(
 
 
 def _figures(report: ShardReport, imported_megabytes: float) -> dict[str, float]:
-    counted = {name: float(getattr(report, name)) for name in COUNTED}
+    counted = {name: float(getattr(report, name)) for name in REPORTED}
     for way in ("push", "pull"):
         own = [row for row in report.traffic if row.way == way]
         counted[f"{way}_payload_bytes"] = float(sum(row.payload_bytes for row in own))

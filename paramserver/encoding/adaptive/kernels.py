@@ -21,6 +21,8 @@ from paramserver.encoding.tiled.kernels import encode_int4, encode_int8, encode_
 
 ADAPTIVE = 9  # Encoding.kind
 
+# A plain 0 or False would be a type of its own, for which callees are compiled once more.
+_NO_SEED, _UNSIGNED = np.int64(0), np.bool_(False)
 _TRITS = 243  # a byte of five trits is less
 
 
@@ -152,17 +154,17 @@ def encode(tile, levels, values, residual, frame):
     for segment in range(levels.size):
         start = segment * SEGMENT
         stop = min(start + SEGMENT, values.size)
-        level = levels[segment]
+        level = np.int64(levels[segment])
         size = segment_bytes(level, stop - start, tile)
         part, rest, room = values[start:stop], residual[start:stop], frame[at : at + size]
         if level == SIGN:
-            encode_sign(tile, part, rest, room, 0)
+            encode_sign(tile, part, rest, room, _NO_SEED)
         elif level == TERNARY:
-            encode_ternary(tile, part, rest, room, 0)
+            encode_ternary(tile, part, rest, room, _NO_SEED)
         elif level == INT4:
-            encode_int4(tile, part, rest, room, 0)
+            encode_int4(tile, part, rest, room, _NO_SEED)
         elif level == INT8:
-            encode_int8(tile, part, rest, room, 0)
+            encode_int8(tile, part, rest, room, _NO_SEED)
         else:
             for i in range(np.uintp(stop - start)):
                 rest[i] += part[i]
@@ -186,7 +188,7 @@ def decode_segment(tile, frame, at, start, out, add):
 
     `at` is where this one lies in the frame, which has been sized: the first one after all the level bytes.
     """
-    level = load(frame, start // SEGMENT, np.uint8)
+    level = np.int64(load(frame, start // SEGMENT, np.uint8))
     if level == SKIP:
         if not add:
             out[:] = np.float32(0)
@@ -209,7 +211,7 @@ def frame_size(frame, elements, tile):
     """What the levels at the head of a frame say that it takes; -1 where there is no such level."""
     size = (elements + SEGMENT - 1) // SEGMENT
     for start in range(0, elements, SEGMENT):
-        level = load(frame, start // SEGMENT, np.uint8)
+        level = np.int64(load(frame, start // SEGMENT, np.uint8))
         if level >= LEVELS:
             return -1
         size += segment_bytes(level, min(SEGMENT, elements - start), tile)
@@ -223,11 +225,11 @@ def faults(tile, frame, elements):
     at = (elements + SEGMENT - 1) // SEGMENT
     for start in range(0, elements, SEGMENT):
         count = min(SEGMENT, elements - start)
-        level = load(frame, start // SEGMENT, np.uint8)
+        level = np.int64(load(frame, start // SEGMENT, np.uint8))
         tiles = (count + tile - 1) // tile if level != SKIP else 0
         end = at + segment_bytes(level, count, tile)
-        wrong_scales += 0 if are_scales(frame, at, tiles, False) else 1
-        if level == TERNARY and largest_byte(frame[at + 2 * tiles : end], 0) >= _TRITS:
+        wrong_scales += 0 if are_scales(frame, at, tiles, _UNSIGNED) else 1
+        if level == TERNARY and largest_byte(frame[at + 2 * tiles : end], np.int64(0)) >= _TRITS:
             wrong_codes += 1
         at = end
     return wrong_scales, wrong_codes
