@@ -7,7 +7,8 @@ takes the answers in. A block has at most one update in flight, so its sequence 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Literal
@@ -19,7 +20,6 @@ from torch import Tensor
 from paramserver.encoding import Encoding, EncodingError, parse_encoding
 from paramserver.process import log
 from paramserver.protocol.buffers import BufferPool
-from paramserver.protocol.framing import CUT_BYTES, batches_by_bytes
 from paramserver.protocol.messages import (
     BlockUpdate,
     BlockValue,
@@ -33,6 +33,7 @@ from paramserver.protocol.messages import (
 from paramserver.protocol.transport import Bytes, Transport
 from worker.client import Identity, ShardClient
 from worker.counters import Counters
+from worker.cutting import Cutting
 from worker.encoder import FULL_PRECISION, UpdateEncoder
 from worker.errors import JobFailure
 from worker.pace import Pace
@@ -42,10 +43,10 @@ from worker.request import ASKING, Request
 IN_FLIGHT = 8  # undecided messages a shard: enough to hide a round trip, few enough for the shard's memory
 LONGEST_WAIT_SECONDS = 0.25  # how late a stop or a new order may be seen
 COMPLAIN_SECONDS = 10.0
-FP32_BYTES = 4
 
 Editions = npt.NDArray[np.int64]
 Source = Literal["replica", "weights"]
+Cut = tuple[int, ...]  # the blocks of one message
 
 
 def always_go_on() -> None:
@@ -100,7 +101,7 @@ class Exchange:
         self._pace = Pace(len(replica.layout.blocks))
         self._last_request = 0
         self._clients: list[ShardClient] = []
-        self._cuts: list[list[tuple[int, ...]]] = []  # by shard: the blocks of each message
+        self._cuttings: list[Cutting] = []  # by shard
         blocks = replica.layout.blocks
         placed = sorted(block for shard in placement for block in shard.blocks)
         if placed != list(range(len(blocks))):
@@ -109,9 +110,7 @@ class Exchange:
             channel = transport.connect(shard.address)
             deadline = codec.deadline_seconds
             self._clients.append(ShardClient(channel, shard.shard, identity, term, deadline, counters, self))
-            # Cut by the larger of both ways at full precision, so that an answer fits into a message as well.
-            cuts = batches_by_bytes([FP32_BYTES * blocks[block].elements for block in shard.blocks], CUT_BYTES)
-            self._cuts.append([tuple(shard.blocks[position] for position in cut) for cut in cuts])
+            self._cuttings.append(Cutting([blocks[block] for block in shard.blocks], codec.encodings))
 
     # --------------------------------------------------------------------- the calls
 
@@ -128,9 +127,16 @@ class Exchange:
         views = self._replica.gradients(gradients)
         self._encoder.plan(views, self._pace.byte_limit(computing_seconds))
         self._pace.begin(self._clock(), self._counters, computing_seconds)
-        self._post(self._push_jobs(views, editions, step))
-        for client, cuts in zip(self._clients, self._cuts, strict=True):
-            if not any(block in views for cut in cuts for block in cut):
+        touched: set[str] = set()
+
+        def request(client: ShardClient, cut: Cut) -> Request:
+            if any(block in views for block in cut):
+                touched.add(client.shard)
+            return self._update(client, cut, views, editions, step)
+
+        self._post(request)
+        for client in self._clients:
+            if client.shard not in touched:
                 client.tick(step)
 
     def pull(self, step: int, source: Source = "replica") -> None:
@@ -144,10 +150,7 @@ class Exchange:
 
     def ask(self, step: int, source: Source = "replica") -> None:
         """The same without waiting: what a step without an update does."""
-        self._post(
-            (client, Request(self._pull_message(cut, step, source), awaited=set(cut)))
-            for client, cut in self._interleaved()
-        )
+        self._post(lambda client, cut: Request(self._pull_message(cut, step, source), awaited=set(cut)))
 
     def tick(self, step: int) -> None:
         """Tell every shard the clock of a step that pushes nothing."""
@@ -178,20 +181,19 @@ class Exchange:
     def initialise(self) -> None:
         """Give the shards the replica's present values as the first ones, and wait until they have them."""
 
-        def requests() -> Iterable[tuple[ShardClient, Request]]:
-            for client, cut in self._interleaved():
-                message = Initialise(
-                    request=self._next_request(),
-                    job=self._identity.job,
-                    term=self._term,
-                    layout=self._identity.layout,
-                    blocks=cut,
-                )
-                memory = client.channel.memory()
-                frames = [self._encoder.encode_whole(self._replica.values(block), memory) for block in cut]
-                yield client, Request(message, frames, is_unconfirmed=True)
+        def request(client: ShardClient, cut: Cut) -> Request:
+            message = Initialise(
+                request=self._next_request(),
+                job=self._identity.job,
+                term=self._term,
+                layout=self._identity.layout,
+                blocks=cut,
+            )
+            memory = client.channel.memory()
+            frames = [self._encoder.encode_whole(self._replica.values(block), memory) for block in cut]
+            return Request(message, frames, is_unconfirmed=True)
 
-        self._post(requests())
+        self._post(request, bytes_a_second=0.0)  # at full precision: cut as finely
         self.settle()
 
     def flush(self, step: int) -> None:
@@ -201,18 +203,18 @@ class Exchange:
         """
         holding = set(self.residuals.blocks())
 
-        def requests() -> Iterable[tuple[ShardClient, Request]]:
-            for client, cut in self._interleaved():
-                blocks = [block for block in cut if block in holding]
-                if blocks:
-                    memory = client.channel.memory()
-                    frames = [self._encoder.encode_whole(self.residuals.of(block), memory) for block in blocks]
-                    for block in blocks:
-                        self.residuals.clear(block)
-                    full = [FULL_PRECISION] * len(blocks)
-                    yield client, self._push(blocks, frames, full, self._replica.editions, step, wants=())
+        def request(client: ShardClient, cut: Cut) -> Request | None:
+            blocks = [block for block in cut if block in holding]
+            if not blocks:
+                return None
+            memory = client.channel.memory()
+            frames = [self._encoder.encode_whole(self.residuals.of(block), memory) for block in blocks]
+            for block in blocks:
+                self.residuals.clear(block)
+            full = [FULL_PRECISION] * len(blocks)
+            return self._push(blocks, frames, full, self._replica.editions, step, wants=())
 
-        self._post(requests())
+        self._post(request, bytes_a_second=0.0)
         self.settle_pushes()
 
     def follow(self, term: int) -> None:
@@ -227,25 +229,17 @@ class Exchange:
 
     # ------------------------------------------------------------------- the messages
 
-    def _interleaved(self) -> Iterable[tuple[ShardClient, tuple[int, ...]]]:
-        """Each message's blocks, one message of every shard in turn, so that all shards work at once."""
-        for turn in range(max(len(cuts) for cuts in self._cuts)):
-            for client, cuts in zip(self._clients, self._cuts, strict=True):
-                if turn < len(cuts):
-                    yield client, cuts[turn]
-
-    def _push_jobs(
-        self, gradients: BlockGradients, editions: Editions, step: int
-    ) -> Iterable[tuple[ShardClient, Request]]:
-        for client, cut in self._interleaved():
-            blocks = [block for block in cut if block in gradients and self._encoder.sends(block)]
-            if not blocks:
-                yield client, Request(self._pull_message(cut, step), awaited=set(cut))
-                continue
-            memory = client.channel.memory()
-            frames = [self._encoder.encode(block, gradients[block], memory) for block in blocks]
-            encodings = [self._encoder.encoding(block) for block in blocks]
-            yield client, self._push(blocks, frames, encodings, editions, step, self._wants(cut))
+    def _update(
+        self, client: ShardClient, cut: Cut, gradients: BlockGradients, editions: Editions, step: int
+    ) -> Request:
+        """One message of a step: the updates of its blocks, and the wish for their values."""
+        blocks = [block for block in cut if block in gradients and self._encoder.sends(block)]
+        if not blocks:
+            return Request(self._pull_message(cut, step), awaited=set(cut))
+        memory = client.channel.memory()
+        frames = [self._encoder.encode(block, gradients[block], memory) for block in blocks]
+        encodings = [self._encoder.encoding(block) for block in blocks]
+        return self._push(blocks, frames, encodings, editions, step, self._wants(cut))
 
     def _push(
         self,
@@ -341,12 +335,22 @@ class Exchange:
 
     # ------------------------------------------------------------------------ waiting
 
-    def _post(self, requests: Iterable[tuple[ShardClient, Request]]) -> None:
-        """Send requests as they are made, with at most IN_FLIGHT undecided ones a shard."""
-        for client, request in requests:
-            client.submit(request, self._clock())
-            # A held pull is no reason to stop: it may wait for the very updates that come after it.
-            self._wait(lambda client=client: client.undecided < IN_FLIGHT)  # type: ignore[misc]
+    def _post(self, make: Callable[[ShardClient, Cut], Request | None], bytes_a_second: float | None = None) -> None:
+        """Make and send the request of each message, at most IN_FLIGHT undecided ones a shard.
+
+        All shards work at once, and none waits for another's room. A held pull is no reason to stop: it may wait
+        for the very updates that come after it. The link's speed is the last one seen where none is given.
+        """
+        speed = self._pace.bytes_a_second if bytes_a_second is None else bytes_a_second
+        left = [
+            (client, deque(cutting.at(speed))) for client, cutting in zip(self._clients, self._cuttings, strict=True)
+        ]
+        while left:
+            for client, cuts in left:
+                if client.undecided < IN_FLIGHT and (request := make(client, cuts.popleft())) is not None:
+                    client.submit(request, self._clock())
+            left = [(client, cuts) for client, cuts in left if cuts]
+            self._wait(lambda: not left or any(client.undecided < IN_FLIGHT for client, _ in left))  # noqa: B023
 
     def _wait(self, is_over: Callable[[], bool], until: float = inf) -> None:
         """Serve answers until it is over. There is always a next deadline: requests are sent again."""

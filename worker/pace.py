@@ -19,11 +19,17 @@ class Pace:
 
     def __init__(self, blocks: int) -> None:
         self._wire = WireLimit()
+        self._speed = 0.0
         self._began: float | None = None  # of the exchange under way
         self._computing_seconds = inf
         self._bytes = 0, 0  # pushed and pulled when it began
         self._versions = np.zeros(blocks, np.int64)  # after the worker's last update of each block
         self._lag = self._usual_lag = 0.0  # updates of others between two of its own
+
+    @property
+    def bytes_a_second(self) -> float:
+        """Both ways together, over the last exchange that was seen to its end; 0 before."""
+        return self._speed
 
     def byte_limit(self, computing_seconds: float) -> int | None:
         """What the next step may push, in bytes; None where the wire is no bottleneck."""
@@ -41,6 +47,7 @@ class Pace:
         if self._began is not None and waited_seconds >= SEEN_SECONDS:
             pushed, pulled = counters.push_bytes - self._bytes[0], counters.pull_bytes - self._bytes[1]
             self._wire.observe(pushed, pulled, now - self._began, self._computing_seconds)
+            self._speed = (pushed + pulled) / max(now - self._began, SEEN_SECONDS)
         self._began = None
 
     def saw_version(self, block: int, version: int) -> None:

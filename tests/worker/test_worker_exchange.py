@@ -383,7 +383,7 @@ def test_unusable_value_is_asked_for_again_and_never_written() -> None:
 
 
 def test_large_step_is_cut_and_every_held_part_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.exchange.CUT_BYTES", 256)
+    monkeypatch.setattr("worker.cutting.CUT_BYTES", 256)
     rig = Rig(members=("w0", "slow"), consistency={"mode": "bounded", "slack": 0})
     released = rig.network.now + 2 * DEADLINE_SECONDS
     rig.guard = lambda: rig.order(members=("w0",)) if rig.network.now > released else None
