@@ -23,7 +23,6 @@ ALL = [
     kernels.decode,
     kernels.largest_bits32,
     kernels.largest_bits16,
-    packing.unpack_run,
     packing.largest_byte,
     scales.are_scales,
     sparse.encode_topk,

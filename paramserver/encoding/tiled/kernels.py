@@ -149,8 +149,9 @@ def _digit_fp4(code):
 
 
 @inlined
-def _round_part(code_of, digit_of, unit, rounding, totals, first, count, digits, place, scale, inverse, counter, key):
+def _round_tile(code_of, digit_of, unit, rounding, totals, first, count, digits, place, scale, inverse, random):
     """Digits of totals[first : first + count], all of one tile, to `place` and on; totals keep the rest."""
+    counter, key = random
     step = np.float32(scale * unit)
     for i in range(count):
         total = totals[np.uintp(first + i)]
@@ -160,37 +161,33 @@ def _round_part(code_of, digit_of, unit, rounding, totals, first, count, digits,
 
 
 @inlined
-def _round_run(
-    code_of, digit_of, unit, rounding, tile, whole, totals, first, count, digits, place, scales, inverses, counter, key
-):
-    """The digits of a run to `place` and on. Its tiles have scales[0:], one alone where a tile is longer than a run."""
+def _round_run(code_of, digit_of, unit, rounding, tile, whole, totals, first, count, digits, place, of_tiles, random):
+    """The digits of a run to `place` and on. Its tiles are the first in `of_tiles`, or one longer than a run."""
+    (scales, inverses), (counter, key) = of_tiles, random
     for k in range((count + tile - 1) // tile):
-        done = k * tile
-        members = tile if whole else min(tile, count - done)
-        _round_part(
-            code_of,
-            digit_of,
-            unit,
-            rounding,
-            totals,
-            first + done,
-            members,
-            digits,
-            place + done,
-            scales[k],
-            inverses[k],
-            counter + done,
-            key,
+        at = k * tile
+        members = tile if whole else min(tile, count - at)
+        scale, inverse, of_tile = scales[k], inverses[k], (counter + at, key)
+        _round_tile(
+            code_of, digit_of, unit, rounding, totals, first + at, members, digits, place + at, scale, inverse, of_tile
         )
+
+
+@inlined
+def _store_scales(scales, inverses, tiles, frame, position):
+    for k in range(tiles):
+        inverses[k] = _ONE / scales[k] if scales[k] != np.float32(0) else np.float32(0)
+        bits = reinterpret(scales[k], np.uint32)
+        store(frame, position + 2 * k, np.uint16(np.uint32(bits >> np.uint32(16))))
 
 
 @inlined
 def _encode(find_scales, code_of, digit_of, unit, places, rounding, tile, values, residual, frame, seed):
     """Encode values + residual; where there is a residual it becomes what the frame does not hold.
 
-    Sums lie in the residual itself, without one in a buffer of one chunk: a run, or a longer tile.
+    `unit` is what a code's unit is worth in scales. Sums lie in the residual itself, without one in a buffer of one
+    chunk: a run, or a longer tile.
     """
-    elements = values.size
     key = _key(seed)
     zero = digit_of(code_of(_nearest, np.float32(0), np.float32(0), np.uint32(0), key))
     chunk = max(RUN, tile)
@@ -198,62 +195,33 @@ def _encode(find_scales, code_of, digit_of, unit, places, rounding, tile, values
     totals = residual if in_place else np.empty(chunk, np.float32)
     # What takes a whole byte needs no packing.
     digits = frame if places == 1 else np.empty(RUN + SPARE, np.uint8)
-    scales = np.empty(chunk // tile, np.float32)
-    inverses = np.empty(chunk // tile, np.float32)
-    position = 2 * ((elements + tile - 1) // tile)
-    for start in range(0, elements, chunk):
-        count = min(chunk, elements - start)
-        is_usual = tile == WIDTH and count == RUN
+    scales, inverses = np.empty(chunk // tile, np.float32), np.empty(chunk // tile, np.float32)
+    position = 2 * ((values.size + tile - 1) // tile)
+    for start in range(0, values.size, chunk):
+        count = min(chunk, values.size - start)
+        tiles = (count + tile - 1) // tile
         base = start if in_place else 0
         if not in_place:
             totals[:] = np.float32(0)
+        # The usual case is compiled with its sizes as constants.
+        is_usual = tile == WIDTH and count == RUN
         if is_usual:
             find_scales(WIDTH, True, values, start, totals, base, RUN, scales)
         else:
             find_scales(tile, False, values, start, totals, base, count, scales)
-        for k in range((count + tile - 1) // tile):
-            inverses[k] = _ONE / scales[k] if scales[k] != np.float32(0) else np.float32(0)
-            bits = reinterpret(scales[k], np.uint32)
-            store(frame, 2 * (start // tile + k), np.uint16(np.uint32(bits >> np.uint32(16))))
+        _store_scales(scales, inverses, tiles, frame, 2 * (start // tile))
         for low in range(0, count, RUN):
-            run = min(RUN, count - low)
+            run, k = min(RUN, count - low), low // tile
             place = position if places == 1 else 0
+            of_tiles, random = (scales[k:], inverses[k:]), (start + low, key)
             if is_usual:
                 _round_run(
-                    code_of,
-                    digit_of,
-                    unit,
-                    rounding,
-                    WIDTH,
-                    True,
-                    totals,
-                    base,
-                    RUN,
-                    digits,
-                    place,
-                    scales,
-                    inverses,
-                    start,
-                    key,
+                    code_of, digit_of, unit, rounding, WIDTH, True, totals, base, RUN, digits, place, of_tiles, random
                 )
             else:
-                k = low // tile
+                first = base + low
                 _round_run(
-                    code_of,
-                    digit_of,
-                    unit,
-                    rounding,
-                    tile,
-                    False,
-                    totals,
-                    base + low,
-                    run,
-                    digits,
-                    place,
-                    scales[k:],
-                    inverses[k:],
-                    start + low,
-                    key,
+                    code_of, digit_of, unit, rounding, tile, False, totals, first, run, digits, place, of_tiles, random
                 )
             position = position + run if places == 1 else pack(places, digits, zero, run, frame, position)
 
