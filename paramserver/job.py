@@ -6,23 +6,20 @@ what was found and what is allowed; whatever is known not to converge warns and 
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache
-from importlib.metadata import entry_points
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from paramserver.encoding import Encoding, EncodingError, EncodingOptions, encoding_names, make_encoding
 from paramserver.encoding.layers import FULL_PRECISION, encodings_by_block
+from paramserver.explain import explain, found, nearest
+from paramserver.families import families, load_function
 from paramserver.protocol.layout import Layout
 
-FAMILIES_GROUP = "paramserver.families"
 LOW_BITS = 2  # from here down an adaptive optimiser sees mostly what rounding did
 FRESH_ENCODINGS = frozenset({"fp32", "bf16"})  # others lose too much without error feedback
 MAX_FILE_BYTES = 2**20  # as over HTTP; also the end of what has none, such as a device
@@ -72,6 +69,13 @@ class Consistency(_Section):
         return self
 
 
+def _make(name: str, options: EncodingOptions) -> Encoding:
+    try:
+        return make_encoding(name, options)
+    except EncodingError as error:
+        raise ValueError(str(error)) from None
+
+
 class _Encoded(_Section):
     """What both ways choose: an encoding, its options, and layers that are treated apart."""
 
@@ -93,18 +97,21 @@ class _Encoded(_Section):
         """The encoding of every block of the layout."""
         return encodings_by_block(layout, self.encoding, self.options, self.layers)
 
-    @model_validator(mode="after")
-    def _known(self) -> Self:
-        for name in (self.encoding, *self.layers.values()):
-            if name == self._other_way_only:
+    @field_validator("encoding", "layers")
+    @classmethod
+    def _known(cls, given: str | dict[str, str]) -> str | dict[str, str]:
+        for name in [given] if isinstance(given, str) else given.values():
+            if name == cls._other_way_only:
                 known = ", ".join(one for one in encoding_names() if one != name)
                 raise ValueError(f"encoding {name!r} is for the other way; here there are {known}")
-            try:
-                make_encoding(name, EncodingOptions(tile=self.tile))
-                if name == self.encoding:
-                    make_encoding(name, self.options)
-            except EncodingError as error:
-                raise ValueError(str(error)) from None
+            _make(name, EncodingOptions())
+        return given
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name in self.layers.values():
+            _make(name, EncodingOptions(tile=self.tile))
+        _make(self.encoding, self.options)
         return self
 
 
@@ -229,7 +236,8 @@ class Job(_Section):
                 f"optimizer.name {optimizer.name!r} on the server with {workers} asynchronous workers is known to "
                 "diverge beyond 2; use optimizer.where 'worker', 'adagrad' or 'adam', or consistency {mode: sync}"
             )
-        low = sorted(name for name in self.push.encoding_names if make_encoding(name).bits <= LOW_BITS)
+        # An adaptive push holds back what it cannot send well, and so it keeps to what the optimiser needs.
+        low = sorted(name for name in self.push.encoding_names - {"adaptive"} if make_encoding(name).bits <= LOW_BITS)
         if low and on_server and optimizer.name in ("adagrad", "adam", "rmsprop"):
             found.append(
                 f"push encoding {low[0]!r} (2 bits and less) with {optimizer.name!r} on the server is known to "
@@ -253,36 +261,10 @@ class Job(_Section):
         return json.dumps(self.model_dump(mode="json"), sort_keys=True)
 
 
-# ------------------------------------------------------------------------------------ families
-
-
-class FamilyLike:
-    """What an entry point in `paramserver.families` must offer (models.family.Family does)."""
-
-    name: str
-    arguments: type[BaseModel]
-    data: type[BaseModel]
-    task: str
-    find_data: str
-    symbol: Callable[[Any], str]
-
-
 def symbol_of(job: Job) -> str:
     """What one predicted element of a checked job is, in a word, for example "character"."""
     family = families()[job.model.family]
     return family.symbol(family.arguments.model_validate(job.model.args))
-
-
-@cache
-def families() -> dict[str, FamilyLike]:
-    """The installed model families by name; importing one imports no tensor library."""
-    return {point.name: cast(FamilyLike, point.load()) for point in entry_points(group=FAMILIES_GROUP)}
-
-
-def load_function(reference: str) -> Callable[..., Any]:
-    """The function that "module:function" names."""
-    module, _, name = reference.partition(":")
-    return cast(Callable[..., Any], getattr(importlib.import_module(module), name))
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -313,17 +295,17 @@ class _StrictLoader(yaml.SafeLoader):
 def parse_job(content: object, source: str = "job") -> Job:
     """Check a specification. Raises JobError with one line a problem, each naming source and field."""
     if not isinstance(content, Mapping):
-        raise JobError(f"{source}: a job specification is a mapping of fields, found {_found(content)}")
+        raise JobError(f"{source}: a job specification is a mapping of fields, found {found(content)}")
     try:
         job = Job.model_validate(content)
     except ValidationError as error:
-        raise JobError(_explain(error, source, Job)) from None
+        raise JobError(explain(error, source, Job)) from None
     family = families().get(job.model.family)
     if family is None:
         known = ", ".join(sorted(families())) or "none installed"
         raise JobError(
             f"{source}: model.family: unknown family {job.model.family!r}"
-            f"{_nearest(job.model.family, families())} (known: {known})"
+            f"{nearest(job.model.family, families())} (known: {known})"
         )
     problems, checked = [], {}
     for field, schema, given in (
@@ -333,7 +315,7 @@ def parse_job(content: object, source: str = "job") -> Job:
         try:
             checked[field] = schema.model_validate(given).model_dump(mode="json")
         except ValidationError as error:
-            problems.append(_explain(error, source, schema, field))
+            problems.append(explain(error, source, schema, field))
     if problems:
         raise JobError("\n".join(problems))
     model = job.model.model_copy(update={"args": checked["model.args"]})
@@ -387,50 +369,3 @@ def job_schema() -> dict[str, Any]:
     }
     schema["x-encodings"] = encoding_names()
     return schema
-
-
-# -------------------------------------------------------------------------------- explanations
-
-
-def _explain(error: ValidationError, source: str, schema: type[BaseModel], prefix: str = "") -> str:
-    lines = []
-    for problem in error.errors():
-        path = [str(part) for part in problem["loc"]]
-        where = ".".join(([prefix] if prefix else []) + path) or "job"
-        match problem["type"]:
-            case "extra_forbidden":
-                fields = _fields_at(schema, path[:-1])
-                what = f"unknown field{_nearest(path[-1], fields)} (allowed: {', '.join(sorted(fields))})"
-            case "missing":
-                what = "missing; it must be given"
-            case "literal_error":
-                allowed = problem["ctx"]["expected"]
-                names = [name.strip("' ") for name in allowed.replace(" or ", ", ").split(",")]
-                what = f"found {_found(problem['input'])}{_nearest(str(problem['input']), names)} (allowed: {allowed})"
-            case "value_error":
-                what = problem["msg"].removeprefix("Value error, ")
-            case _:
-                what = f"found {_found(problem['input'])}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
-        lines.append(f"{source}: {where}: {what}")
-    return "\n".join(lines)
-
-
-def _fields_at(schema: type[BaseModel], path: Iterable[str]) -> list[str]:
-    """The fields allowed in the section at `path`."""
-    for part in path:
-        field = schema.model_fields.get(part)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        schema = inner
-    return list(schema.model_fields)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _found(value: object) -> str:
-    text = repr(value)
-    return f"{text[:60]}..." if len(text) > 64 else text

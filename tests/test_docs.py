@@ -10,7 +10,8 @@ import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from paramserver.job import Job, families
+from paramserver.families import families
+from paramserver.job import Job
 
 ROOT = Path(__file__).parents[1]
 ROW = re.compile(r"^\| `([^`]+)` \| (?:`([^`]+)`|(required|none)) \|", re.MULTILINE)

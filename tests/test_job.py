@@ -13,7 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paramserver.job import Job, JobError, check_data, families, job_schema, load_job, parse_job, parse_job_text
+from paramserver.families import families
+from paramserver.job import Job, JobError, check_data, job_schema, load_job, parse_job, parse_job_text
 
 SMALLEST: dict[str, Any] = {"name": "small", "model": {"family": "recurrent", "args": {"task": "char-lm"}}}
 
@@ -56,14 +57,17 @@ def test_a_job_cannot_be_changed_once_read() -> None:
     [
         ({"modle": {}}, ["job: modle: unknown field", "did you mean 'model'?"]),
         ({"push": {"encodng": "int8"}}, ["job: push.encodng: unknown field", "did you mean 'encoding'?", "tile"]),
-        ({"push": {"encoding": "in8"}}, ["job: push: unknown encoding 'in8'", "did you mean 'int8'?", "bf16"]),
+        ({"push": {"encoding": "in8"}}, ["job: push.encoding: unknown encoding 'in8'", "did you mean 'int8'?", "bf16"]),
         ({"push": {"encoding": "int8", "tile": 63}}, ["job: push: tile 63", "power of two"]),
         ({"push": {"encoding": "topk", "density": 0}}, ["job: push.density: found 0", "greater than 0"]),
         ({"push": {"encoding": "sign", "rounding": "stochastic"}}, ["job: push: sign has no stochastic", "int4"]),
-        ({"push": {"layers": {"out.*": "int5"}}}, ["job: push: unknown encoding 'int5'", "did you mean 'int"]),
+        ({"push": {"layers": {"out.*": "int5"}}}, ["job: push.layers: unknown encoding 'int5'", "did you mean 'int"]),
         ({"pull": {"encoding": "int8", "fresh": True}}, ["job: pull: fresh weights in 'int8' drift", "'bf16'"]),
         ({"pull": {"encoding": "bf16", "layers": {"*": "sign"}}}, ["fresh weights in 'sign' drift", "leave fresh out"]),
         ({"pull": {"encoding": "fp32", "publish_every": 2}}, ["job: pull: publish_every belongs to published"]),
+        ({"pull": {"encoding": "adaptive"}}, ["job: pull.encoding: encoding 'adaptive' is for the other way", "coded"]),
+        ({"push": {"layers": {"a": "coded"}}}, ["job: push.layers: encoding 'coded' is for the other way"]),
+        ({"push": {"encoding": "adaptive", "tile": 4096}}, ["job: push: tile 4096 is more than adaptive takes"]),
         ({"pull": {"publish_seconds": 0}}, ["job: pull.publish_seconds: found 0", "0.01"]),
         ({"optimizer": {"where": "client"}}, ["job: optimizer.where: found 'client'", "'worker'"]),
         ({"optimizer": {"name": "adagrd"}}, ["job: optimizer.name: found 'adagrd'", "did you mean 'adagrad'?"]),
@@ -248,6 +252,7 @@ def test_what_is_known_not_to_converge_warns(sections: dict[str, Any], part: str
         {"optimizer": {"name": "sgd", "clip": None}, "cluster": {"workers": 1}},
         {"push": {"encoding": "sign"}, "optimizer": {"name": "adam", "where": "worker"}},
         {"optimizer": {"name": "momentum", "where": "worker"}, "cluster": {"workers": 4}},
+        {"push": {"encoding": "adaptive"}, "pull": {"encoding": "coded"}},
     ],
 )
 def test_what_is_known_to_work_does_not_warn(sections: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ from typing import Any, cast
 from safetensors.torch import save
 
 from models.task import Parameter, Task
-from paramserver.job import Job, families, load_function
+from paramserver.families import families, load_function
+from paramserver.job import Job
 from paramserver.protocol.messages import Lease, LeaseDone
 from worker.counters import Counters
 from worker.device import choose_device

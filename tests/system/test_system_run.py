@@ -64,7 +64,8 @@ def _validation_loss(path: Path, model: Path) -> float:
     from safetensors.torch import load_file
 
     from models.recurrent.task import build
-    from paramserver.job import families, load_job
+    from paramserver.families import families
+    from paramserver.job import load_job
 
     job = load_job(path)
     family = families()["recurrent"]
