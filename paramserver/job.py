@@ -138,6 +138,9 @@ class PullSettings(_Encoded):
     publish_every: Annotated[int, Field(ge=1)] | None = None  # updates of a block; absent: half the active pushers
     publish_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 0.5  # the longest that an update stays unpublished
 
+    still: Annotated[float, Field(ge=0, lt=1)] = 1e-5  # a block that moves less, relative to its norm, is held back ...
+    still_periods: Annotated[int, Field(ge=1, le=1000)] = 16  # ... for at most so many periods
+
     @property
     def is_fresh(self) -> bool:
         return self.encoding in FRESH_ENCODINGS if self.fresh is None else self.fresh

@@ -5,7 +5,8 @@ shard no arithmetic, and a worker's download does not grow with the number of wo
 stays in `weights - published` and is in the next delta, so nothing drifts (error feedback for free).
 
 A replica is published every `ceil(active pushers / 2)` updates (fresher costs bytes, staler costs loss), when a
-timer says so, and hence at the end. Workers apply deltas in order, one at a time: a merged delta would round
+timer says so, and hence at the end. A block that hardly moves is held back for some periods: it is neither encoded nor
+pulled meanwhile. Workers apply deltas in order, one at a time: a merged delta would round
 differently, and replicas would stop being bit-identical.
 """
 
@@ -31,6 +32,8 @@ from paramserver.protocol.transport import FrameMemory
 from paramserver.shard.block import HeldBlock
 
 MAX_EDITIONS = 4096  # whose versions are remembered; the staleness of an older one is counted from the oldest
+MEASURE_EVERY = 64  # editions between two looks at how far a block moves: each is a pass over it
+STILL_PATIENCE = 4  # times the timer's seconds that a block which hardly moves may wait
 ACTIVE_ROUNDS = 8  # a worker is an active pusher while its last update is among so many of each known one's
 
 Kind = Literal["current", "snapshot", "deltas", "weights"]
@@ -123,8 +126,8 @@ class PublishedBlock:
     """The published replica of one block, its bounded log of deltas, and when it is due."""
 
     __slots__ = (
-        "_first_edition", "_last_push", "_versions", "distance", "edition", "log", "log_bytes", "since", "values",
-        "waiting_since",
+        "_first_edition", "_last_push", "_versions", "distance", "edition", "held", "is_still", "log", "log_bytes",
+        "since", "unseen", "values", "waiting_since",
     )  # fmt: skip
 
     def __init__(self, weights: Float32, version: int) -> None:
@@ -132,7 +135,10 @@ class PublishedBlock:
         self.edition = 0
         self.log: deque[Bytes] = deque()  # the deltas that made editions edition - len(log) + 1 ... edition
         self.log_bytes = 0
-        self.since = 0  # updates that no edition holds yet
+        self.since = 0  # updates of this period
+        self.unseen = 0  # updates that no edition holds yet
+        self.is_still = False  # it hardly moved when last measured
+        self.held = 0  # periods in turn in which it was not published for that
         self.waiting_since: float | None = None  # when the timer first saw them
         self.distance = 0.0, 0.0  # |weights - values|^2 and |weights|^2, as last measured
         self._first_edition = 0
@@ -158,7 +164,8 @@ class PublishedBlock:
     def append(self, frame: Bytes, version: int, log_limit: int) -> None:
         """A new edition, made by this delta. The log keeps at most `log_limit` bytes."""
         self.edition += 1
-        self.since, self.waiting_since = 0, None
+        self.since = self.unseen = self.held = 0
+        self.waiting_since = None
         self._versions.append(version)
         if len(self._versions) > MAX_EDITIONS:
             del self._versions[: MAX_EDITIONS // 2]
@@ -181,14 +188,15 @@ class PublishedDeltas(Publishing):
 
     Args:
         encodings: of the deltas, by block.
-        every: updates between two editions; None: half of the active pushers, rounded up.
-        seconds: how long an update may wait for its edition.
+        settings: how often a block is published, and which movement is too little.
     """
 
-    def __init__(self, encodings: Mapping[int, Encoding], every: int | None, seconds: float) -> None:
+    def __init__(self, encodings: Mapping[int, Encoding], settings: PullSettings) -> None:
         self._encodings = encodings
-        self._every = every
-        self._seconds = seconds
+        self._every = settings.publish_every
+        self._seconds = settings.publish_seconds
+        self._still = settings.still
+        self._still_periods = settings.still_periods
         self._replicas: dict[int, PublishedBlock] = {}
         self._blocks: dict[int, HeldBlock] = {}
         self._delta = np.empty(0, np.float32)  # scratch of the largest block so far
@@ -220,11 +228,29 @@ class PublishedDeltas(Publishing):
     def applied(self, block: HeldBlock, period: int | None) -> None:
         replica = self._replicas[block.index]
         replica.since += 1
+        replica.unseen += 1
         every = self._every or period
         if every is None:
             every = max(1, math.ceil(replica.active_pushers(block.version) / 2))
-        if replica.since >= every:
+        if replica.since < every:
+            return
+        if self._is_held_back(block, replica):
+            replica.since = 0
+            replica.held += 1
+        else:
             self._publish(block, replica)
+
+    def _is_held_back(self, block: HeldBlock, replica: PublishedBlock) -> bool:
+        """Whether a block that is due moves so little that it waits for another period."""
+        if replica.is_still and replica.held < self._still_periods:
+            return True
+        # Looked at now and then, and whenever one that was held back is due at last.
+        if self._still and (replica.is_still or replica.edition % MEASURE_EVERY == 0):
+            moved, size = self._distance(block, replica)
+            periods = replica.held + 1
+            replica.is_still = moved <= (periods * self._still) ** 2 * size
+            return replica.is_still and not replica.held
+        return False
 
     def _publish(self, block: HeldBlock, replica: PublishedBlock) -> None:
         """Encode what the replica lacks, and take it in exactly as every worker will."""
@@ -254,15 +280,16 @@ class PublishedDeltas(Publishing):
 
     def publish_due(self, now: float) -> None:
         for index, replica in self._replicas.items():
-            if not replica.since:
+            if not replica.unseen:
                 continue
+            patience = STILL_PATIENCE * self._seconds if replica.is_still else self._seconds
             if replica.waiting_since is None:
                 replica.waiting_since = now
-            elif now - replica.waiting_since >= self._seconds:
+            elif now - replica.waiting_since >= patience:
                 self._publish(self._blocks[index], replica)
 
     def unpublished(self) -> int:
-        return sum(replica.since > 0 for replica in self._replicas.values())
+        return sum(replica.unseen > 0 for replica in self._replicas.values())
 
     def editions(self) -> int:
         return sum(replica.edition for replica in self._replicas.values())
@@ -278,9 +305,13 @@ class PublishedDeltas(Publishing):
         for _ in range(min(blocks, len(indices))):
             index = indices[self._measured % len(indices)]
             self._measured += 1
-            weights, replica = self._blocks[index].weights, self._replicas[index]
-            delta = np.subtract(weights, replica.values, out=self._delta[: weights.size])
-            replica.distance = float(np.dot(delta, delta)), float(np.dot(weights, weights))
+            replica = self._replicas[index]
+            replica.distance = self._distance(self._blocks[index], replica)
+
+    def _distance(self, block: HeldBlock, replica: PublishedBlock) -> tuple[float, float]:
+        """|weights - published|^2 and |weights|^2."""
+        delta = np.subtract(block.weights, replica.values, out=self._delta[: block.elements])
+        return float(np.dot(delta, delta)), float(np.dot(block.weights, block.weights))
 
 
 _FP32 = make_encoding("fp32")
@@ -290,4 +321,4 @@ def make_publishing(settings: PullSettings, encodings: Mapping[int, Encoding]) -
     """What the job's pulls see; `encodings` by block."""
     if settings.is_fresh:
         return FreshWeights(encodings)
-    return PublishedDeltas(encodings, settings.publish_every, settings.publish_seconds)
+    return PublishedDeltas(encodings, settings)

@@ -76,10 +76,10 @@ class Cluster:
         assert self.core.serving is not None
         return self.core.serving.blocks[0].weights
 
-    def push(self, worker: str, seed: int = 0, edition: int | None = None) -> list[Reply]:
+    def push(self, worker: str, seed: int = 0, edition: int | None = None, scale: float = 1.0) -> list[Reply]:
         """A random gradient of the matrix."""
         self.sequences[worker] += 1
-        gradient = np.random.default_rng(seed).normal(0, 1, ELEMENTS).astype(np.float32)
+        gradient = np.random.default_rng(seed).normal(0, scale, ELEMENTS).astype(np.float32)
         held = max(0, self.editions[worker]) if edition is None else edition
         update = BlockUpdate(0, self.sequences[worker], held, "fp32")
         head = {"request": 2, "job": "job", "term": 1, "worker": worker, "incarnation": 1}
@@ -129,7 +129,7 @@ def test_what_a_delta_loses_is_in_the_next_one(encoding: str) -> None:
         cluster.push("w0", seed)
     at_rest = []
     for _ in range(200):
-        cluster.published.since = 1
+        cluster.published.unseen = 1
         cluster.publishing.publish_due(0.0)
         cluster.publishing.publish_due(1e9)
         at_rest.append(float(np.abs(cluster.weights - cluster.published.values).max()))
@@ -300,3 +300,41 @@ def test_the_distance_of_the_replica_is_measured() -> None:
     cluster.push("w0")
     distance = np.linalg.norm(cluster.weights - cluster.published.values) / np.linalg.norm(cluster.weights)
     assert cluster.publishing.replica_distance() == pytest.approx(distance, rel=1e-5)
+
+
+def test_a_block_that_hardly_moves_is_held_back_for_a_bounded_number_of_periods() -> None:
+    cluster = Cluster(workers=1, still=0.5, still_periods=4)
+    editions = []
+    for turn in range(20):
+        cluster.push("w0", turn, scale=1e-6)
+        editions.append(cluster.published.edition)
+    assert editions[0] == 0, "it was measured, and it is still"
+    assert editions[4] == 1, "after four periods it goes out all the same"
+    assert editions[-1] == 4
+    assert [cluster.pull("w0") for _ in range(2)] == ["snapshot", "current"]
+
+
+def test_a_block_that_moves_again_is_published_every_period() -> None:
+    cluster = Cluster(workers=1, still=1e-3, still_periods=4)
+    for turn in range(10):
+        cluster.push("w0", turn, scale=1e-9)
+    before = cluster.published.edition
+    for turn in range(10):
+        cluster.push("w0", turn, scale=1.0)
+    assert cluster.published.edition - before >= 6, "held back for the rest of its four periods, and no longer"
+
+
+def test_a_block_that_moves_is_never_held_back() -> None:
+    cluster = Cluster(workers=1)
+    for turn in range(100):
+        cluster.push("w0", turn)
+    assert cluster.published.edition == 100
+
+
+def test_the_timer_publishes_a_block_that_is_held_back() -> None:
+    cluster = Cluster(workers=1, still=0.5, publish_seconds=0.5)
+    cluster.push("w0", scale=1e-6)
+    assert cluster.core.publish_due(now=10.0) == 1
+    assert cluster.core.publish_due(now=11.0) == 1
+    assert cluster.core.publish_due(now=12.1) == 0
+    assert cluster.published.edition == 1
