@@ -1,22 +1,27 @@
 """A step's gradients become frames here: what rounding lost stays in the residuals, and goes out with the next step.
 
 Blocks whose encoding is `adaptive` are planned together: bits go where they save most, and a block may be held back
-whole. All others are encoded one by one, as they are sent.
+whole. All others are encoded one by one, as they are sent. A block whose gradient is on a device is encoded there, and
+only its frame is copied to the host; what a device cannot encode takes the way through the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from paramserver.encoding import Encoding, make_encoding
+from paramserver.encoding import Encoding, make_encoding, on_torch
 from paramserver.encoding.adaptive import Adaptive, BitPolicy, Part, Plan
+from paramserver.process import log
 from paramserver.protocol.buffers import BufferPool
 from paramserver.protocol.layout import Layout
 from paramserver.protocol.transport import Bytes, FrameMemory
-from worker.replica import BlockGradients
+from worker.replica import BlockGradients, why_on_host
 from worker.residual import ResidualStore
 
 Float32 = npt.NDArray[np.float32]
@@ -30,10 +35,20 @@ class UpdateEncoder:
     Args:
         encodings: of every block (blocks,).
         error: for `adaptive`: the root of the share of the squares that may stay behind.
+        devices: of the blocks whose gradients stay on one (`Replica.devices`). Where the encoding is none that a
+            device can do, the block is encoded on the host: decided here, for good, and logged.
     """
 
-    def __init__(self, layout: Layout, encodings: Sequence[Encoding], pool: BufferPool, error: float) -> None:
-        self.residuals = ResidualStore(layout)
+    def __init__(
+        self,
+        layout: Layout,
+        encodings: Sequence[Encoding],
+        pool: BufferPool,
+        error: float,
+        devices: Mapping[int, torch.device] | None = None,
+    ) -> None:
+        self._devices = _encoding_devices(layout, encodings, devices or {})
+        self.residuals = ResidualStore(layout, self._devices)
         self._encodings = encodings
         self._pool = pool
         self._encoded = 0  # frames: the seed of the next one's rounding
@@ -57,7 +72,7 @@ class UpdateEncoder:
         if self._policy is None:
             return
         parts = {
-            block: Part(gradients[block], self.residuals.of(block)) for block in self._planned if block in gradients
+            block: Part(gradients[block], self._residual_here(block)) for block in self._planned if block in gradients
         }
         self._plan = self._policy.plan(parts, byte_limit)
         for block, part in parts.items():
@@ -68,22 +83,67 @@ class UpdateEncoder:
         """Whether the plan sends an update of this block; those that no plan is for always go."""
         return block not in self._planned or (self._plan is not None and block in self._plan.levels)
 
-    def encode(self, block: int, values: Float32, memory: FrameMemory | None) -> Bytes:
-        """The frame of values (elements,) and the block's residual, which keeps the rest: the pool's, in `memory`."""
+    def encode(self, block: int, gradients: BlockGradients, memory: FrameMemory | None) -> Bytes:
+        """The frame of a block's gradient and residual, which keeps the rest: a buffer of the pool, in `memory`."""
         encoding = self._encodings[block]
         if block in self._planned:
             assert self._plan is not None  # `sends` said so
+            values = gradients[block]
             frame = self._pool.take(self._plan.frame_bytes(block, values.size), memory)
-            self._plan.encode(block, Part(values, self.residuals.of(block)), frame)
+            self._plan.encode(block, Part(values, self._residual_here(block)), frame)
             return frame
-        # A lossless encoding needs a residual only where a refused update was taken back.
-        residual = self.residuals.find(block) if encoding.lossless else self.residuals.of(block)
-        frame = self._pool.take(encoding.frame_bytes(values.size), memory)
         self._encoded += 1
-        return self._pool.trim(frame, encoding.encode(values, frame, residual, seed=self._encoded))
+        # A lossless encoding needs a residual only where a refused update was taken back. It is where the block is
+        # encoded, for the store has the same devices.
+        residual = self.residuals.find(block) if encoding.lossless else self.residuals.of(block)
+        if block in self._devices:
+            encoded = on_torch.encode(encoding, gradients.on_device(block), cast("Tensor | None", residual))
+            return self._fetch(encoded, memory)
+        values = gradients[block]
+        frame = self._pool.take(encoding.frame_bytes(values.size), memory)
+        size = encoding.encode(values, frame, cast("Float32 | None", residual), seed=self._encoded)
+        return self._pool.trim(frame, size)
+
+    def encode_residual(self, block: int, memory: FrameMemory | None) -> Bytes:
+        """The frame of a block's residual at full precision. The residual stays as it is."""
+        residual = self.residuals.of(block)
+        if isinstance(residual, Tensor):
+            return self._fetch(on_torch.encode(FULL_PRECISION, residual), memory)
+        return self.encode_whole(residual, memory)
 
     def encode_whole(self, values: Float32, memory: FrameMemory | None) -> Bytes:
         """The frame of values (elements,) at full precision."""
         frame = self._pool.take(FULL_PRECISION.frame_bytes(values.size), memory)
         FULL_PRECISION.encode(values, frame)
         return frame
+
+    def _fetch(self, encoded: Tensor, memory: FrameMemory | None) -> Bytes:
+        """A frame (bytes,) that a device has made, in a buffer of the pool. Waits for the device."""
+        frame = self._pool.take(encoded.numel(), memory)
+        torch.from_numpy(frame).copy_(encoded)
+        return frame
+
+    def _residual_here(self, block: int) -> Float32:
+        """The residual of a block that is encoded on the host."""
+        return cast("Float32", self.residuals.of(block))  # the store has the same devices
+
+
+def _encoding_devices(
+    layout: Layout, encodings: Sequence[Encoding], devices: Mapping[int, torch.device]
+) -> dict[int, torch.device]:
+    """Those of `devices` whose blocks are encoded there. What bars the others is one event in the log."""
+    reasons = {block: why_on_host(encodings[block]) for block in devices}
+    barred = [block for block, reason in reasons.items() if reason is not None]
+    if barred:
+        log(
+            "pushed-through-host",
+            parameters=_joined(layout.blocks[block].parameter for block in barred),
+            device=_joined(str(devices[block]) for block in barred),
+            reason=_joined(str(reasons[block]) for block in barred),
+        )
+    return {block: device for block, device in devices.items() if reasons[block] is None}
+
+
+def _joined(words: Iterable[str]) -> str:
+    """Each of them once, in their order."""
+    return ", ".join(dict.fromkeys(words))

@@ -87,7 +87,7 @@ class Exchange:
         is_resumed: bool = False,
     ) -> None:
         self._pool = BufferPool()
-        self._encoder = UpdateEncoder(replica.layout, codec.encodings, self._pool, codec.error)
+        self._encoder = UpdateEncoder(replica.layout, codec.encodings, self._pool, codec.error, replica.devices)
         self.residuals = self._encoder.residuals
         self._transport = transport
         self._identity = identity
@@ -208,7 +208,7 @@ class Exchange:
             if not blocks:
                 return None
             memory = client.channel.memory()
-            frames = [self._encoder.encode_whole(self.residuals.of(block), memory) for block in blocks]
+            frames = [self._encoder.encode_residual(block, memory) for block in blocks]
             for block in blocks:
                 self.residuals.clear(block)
             full = [FULL_PRECISION] * len(blocks)
@@ -237,7 +237,7 @@ class Exchange:
         if not blocks:
             return Request(self._pull_message(cut, step), awaited=set(cut))
         memory = client.channel.memory()
-        frames = [self._encoder.encode(block, gradients[block], memory) for block in blocks]
+        frames = [self._encoder.encode(block, gradients, memory) for block in blocks]
         encodings = [self._encoder.encoding(block) for block in blocks]
         return self._push(blocks, frames, encodings, editions, step, self._wants(cut))
 
