@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from paramserver.shard.core import Reply, ShardCore
 from worker.client import Identity
 from worker.counters import Counters
 from worker.exchange import Codec, Exchange
-from worker.replica import Replica
+from worker.replica import CodecPath, Replica
 
 SHAPES = {"first.weight": (8, 16), "first.bias": (40,), "second.weight": (3, 70)}
 DEADLINE_SECONDS = 1.0
@@ -72,18 +72,20 @@ class Rig:
         network: MemoryNetwork | None = None,
         members: tuple[str, ...] = (),
         initialise: bool = True,
+        path: CodecPath = "auto",
+        push: Mapping[str, object] | None = None,
         **settings: object,
     ) -> None:
         self.network = network or MemoryNetwork(seed=1)
         self.shards = [Shard(self.network, "shard-0"), Shard(self.network, "shard-1")]
-        self.replica = Replica(make_parameters())
+        self.replica = Replica(make_parameters(), path)
         self.layout = self.replica.layout
         self.specification = json.dumps(
             {
                 "name": "job",
                 "model": {"family": "recurrent"},
                 "optimizer": {"name": "sgd", "lr": 1.0},
-                "push": {"encoding": encoding},
+                "push": {"encoding": encoding, **(push or {})},
                 "pull": {"encoding": "fp32"},
                 **settings,
             }
@@ -97,7 +99,7 @@ class Rig:
         self.counters = Counters()
         self.guard: Callable[[], None] = lambda: None
         self.network.idle = self.pump
-        self.encoding = encoding
+        self.push = PushSettings.model_validate({"encoding": encoding, **(push or {})})
         self.exchange = self.connect()
         if initialise:
             self.exchange.initialise()
@@ -122,7 +124,7 @@ class Rig:
             Identity("job", worker, 1, self.layout.fingerprint),
             1,
             replica or self.replica,
-            Codec(PushSettings(encoding=self.encoding).encodings(self.layout), DEADLINE_SECONDS),
+            Codec(self.push.encodings(self.layout), DEADLINE_SECONDS),
             self.counters,
             lambda: self.guard(),
             lambda: self.network.now,
