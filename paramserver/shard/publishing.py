@@ -248,7 +248,8 @@ class PublishedDeltas(Publishing):
         if self._still and (replica.is_still or replica.edition % MEASURE_EVERY == 0):
             moved, size = self._distance(block, replica)
             periods = replica.held + 1
-            replica.is_still = moved <= (periods * self._still) ** 2 * size
+            # What is not finite must go out: workers end the job that it diverged.
+            replica.is_still = math.isfinite(moved) and moved <= (periods * self._still) ** 2 * size
             return replica.is_still and not replica.held
         return False
 
@@ -309,9 +310,10 @@ class PublishedDeltas(Publishing):
             replica.distance = self._distance(self._blocks[index], replica)
 
     def _distance(self, block: HeldBlock, replica: PublishedBlock) -> tuple[float, float]:
-        """|weights - published|^2 and |weights|^2."""
-        delta = np.subtract(block.weights, replica.values, out=self._delta[: block.elements])
-        return float(np.dot(delta, delta)), float(np.dot(block.weights, block.weights))
+        """|weights - published|^2 and |weights|^2; not finite where training has diverged."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            delta = np.subtract(block.weights, replica.values, out=self._delta[: block.elements])
+            return float(np.dot(delta, delta)), float(np.dot(block.weights, block.weights))
 
 
 _FP32 = make_encoding("fp32")
