@@ -85,7 +85,8 @@ class Encoding(ABC):
         """Encode weights - published (n,) into `frame` (frame_bytes(n),), and move `published` as the frame does.
 
         Returns the bytes of the frame. `published` becomes, bit for bit, what `decode_add` of the frame makes of it;
-        what the frame does not hold stays in the difference. `scratch` (n,) is overwritten; weights are not changed.
+        what the frame does not hold stays in the difference. Weights are not changed, `scratch` (n,) may be. All are
+        C-contiguous and may not overlap. Members that can do it in one pass over memory do so.
         """
         delta = np.subtract(weights, published, out=scratch)
         written = self.encode(delta, frame)

@@ -32,6 +32,12 @@ class Bf16(CompiledEncoding):
         else:
             kernels.encode_bf16(values, residual, frame)
 
+    def encode_delta(self, weights: Float32, published: Float32, frame: Bytes, scratch: Float32) -> int:
+        from paramserver.encoding import kernels
+
+        kernels.delta_bf16(self._checked_delta(weights, published, frame), published, frame)
+        return frame.size
+
     def _check(self, frame: Bytes, elements: int) -> None:
         from paramserver.encoding import kernels
 

@@ -170,6 +170,24 @@ def encode_bf16_plain(values, frame):
         store(frame, 2 * i, np.uint16(_bf16_of(values[i])))
 
 
+@kernel
+def delta_fp32(weights, published, frame):
+    """Encode weights - published; published moves as decoding the frame moves it."""
+    for i in range(np.uintp(weights.size)):
+        delta = weights[i] - published[i]
+        store(frame, 4 * i, delta)
+        published[i] += delta
+
+
+@kernel
+def delta_bf16(weights, published, frame):
+    """As delta_fp32."""
+    for i in range(np.uintp(weights.size)):
+        code = _bf16_of(weights[i] - published[i])
+        store(frame, 2 * i, np.uint16(code))
+        published[i] += reinterpret(np.uint32(code << np.uint32(16)), np.float32)
+
+
 # ------------------------------------------------------------------------------------ checking
 
 

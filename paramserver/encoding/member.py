@@ -31,6 +31,13 @@ class CompiledEncoding(Encoding):
     def _encode(self, values: Float32, frame: Bytes, residual: Float32 | None, seed: int) -> None:
         """`encode` of arrays that were checked; values are read-only."""
 
+    def _checked_delta(self, weights: Float32, published: Float32, frame: Bytes) -> Float32:
+        """The weights, read-only, when all three are what an `encode_delta` in one pass may get."""
+        weights = frames.input_values(weights)
+        frames.expect_float32(published, "published", weights.size)
+        frames.output_frame(frame, self.frame_bytes(weights.size))
+        return weights
+
     def sized(self, frame: Bytes, elements: int) -> Bytes:
         return frames.sized(frame, self.frame_bytes(elements), elements, self.identifier)
 
@@ -60,7 +67,7 @@ class CompiledEncoding(Encoding):
 class TiledEncoding(CompiledEncoding):
     """A member with a scale for each tile and a code for each element: encoding/tiled has its kernels.
 
-    Those are called encode_NAME, and encode_NAME_stochastic where there is stochastic rounding.
+    Those are called encode_NAME, delta_NAME, and encode_NAME_stochastic where there is stochastic rounding.
     """
 
     places: ClassVar[int]  # codes a byte
@@ -85,6 +92,15 @@ class TiledEncoding(CompiledEncoding):
         kernel = getattr(kernels, f"encode_{self.name}{suffix}")
         kernel(self.tile, values, _NO_RESIDUAL if residual is None else residual, frame, seed % 2**63)
 
+    def encode_delta(self, weights: Float32, published: Float32, frame: Bytes, scratch: Float32) -> int:
+        from paramserver.encoding.tiled import kernels
+
+        if self.options.rounding == "stochastic":  # no job publishes so: its errors average out, but are larger
+            return super().encode_delta(weights, published, frame, scratch)
+        weights = self._checked_delta(weights, published, frame)
+        getattr(kernels, f"delta_{self.name}")(self.tile, weights, published, frame)
+        return frame.size
+
     def _check(self, frame: Bytes, elements: int) -> None:
         from paramserver.encoding.scales import kernels
 
@@ -92,12 +108,18 @@ class TiledEncoding(CompiledEncoding):
             raise self._not_finite()
 
 
-def warm_up(encoding: Encoding) -> None:
-    """Compile, or load from the disk cache, all that the encoding needs: the first frame then pays nothing."""
-    values, residual, out = np.zeros(3, np.float32), np.zeros(3, np.float32), np.empty(3, np.float32)
+def warm_up(encoding: Encoding, of_deltas: bool = False) -> None:
+    """Compile, or load from the disk cache, all that the encoding needs: the first frame then pays nothing.
+
+    `of_deltas`: whoever encodes publishes deltas, and nothing else.
+    """
+    values, residual, out = np.zeros(3, np.float32), np.zeros(3, np.float32), np.zeros(3, np.float32)
     frame = np.empty(encoding.frame_bytes(3), np.uint8)
-    encoding.encode(values, frame)
-    frame = frame[: encoding.encode(values, frame, residual)]
+    if of_deltas:
+        frame = frame[: encoding.encode_delta(values, out, frame, residual)]
+    else:
+        encoding.encode(values, frame)
+        frame = frame[: encoding.encode(values, frame, residual)]
     encoding.check(frames.readable(frame), 3)
     encoding.decode(frame, out)
     encoding.decode_add(frame, out)

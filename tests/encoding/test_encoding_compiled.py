@@ -20,6 +20,8 @@ ALL = [
     kernels.encode_fp32,
     kernels.encode_bf16,
     kernels.encode_bf16_plain,
+    kernels.delta_fp32,
+    kernels.delta_bf16,
     kernels.decode,
     kernels.largest_bits32,
     kernels.largest_bits16,
@@ -27,7 +29,7 @@ ALL = [
     scales.are_scales,
     sparse.encode_topk,
     sparse.are_places,
-    *(getattr(tiled, name) for name in dir(tiled) if name.startswith("encode_")),
+    *(getattr(tiled, name) for name in dir(tiled) if name.startswith(("encode_", "delta_"))),
 ]
 
 
@@ -40,11 +42,14 @@ def test_frames_of_every_origin_share_one_compiled_variant() -> None:
     ]:
         encoding = make_encoding(name, options)
         warm_up(encoding)
+        warm_up(encoding, of_deltas=True)
         size = encoding.frame_bytes(100)
         buffer = bytearray(size + 1)
         room = np.frombuffer(buffer, np.uint8)[1:]
         taken = 1 + encoding.encode(np.frombuffer(values.tobytes(), np.float32), room, values * 0)
         encoding.encode(values, np.empty(size, np.uint8))
+        weights, published = np.frombuffer(values.tobytes(), np.float32), np.zeros(100, np.float32)
+        encoding.encode_delta(weights, published, np.empty(size, np.uint8), np.empty(100, np.float32))
         for frame in (np.frombuffer(buffer, np.uint8)[1:taken], np.frombuffer(bytes(buffer), np.uint8)[1:taken]):
             encoding.check(frame, 100)
             encoding.decode(frame, np.empty(100, np.float32))

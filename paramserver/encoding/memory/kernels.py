@@ -4,13 +4,14 @@ Frames are byte buffers of any alignment, read and written through `load` and `s
 and C-contiguous. Sizes are the callers' duty: nothing here checks a bound.
 """
 
-# mypy: disable-error-code=no-untyped-def
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 from __future__ import annotations
 
 import sys
 
 import numpy as np
+from llvmlite import ir
 from numba import types
 
 from paramserver.encoding.compiled import primitive
@@ -73,3 +74,21 @@ def reinterpret(typingctx, value, kind):
         return builder.bitcast(arguments[0], context.get_value_type(target))
 
     return target(value, kind), build
+
+
+@primitive
+def prefetch(typingctx, array, position):
+    """Ask for the cache line of array[position], which may lie beyond the array, into the second cache."""
+    if not isinstance(array, types.Array):
+        return None
+
+    def build(context, builder, signature, arguments):
+        buffer = context.make_array(signature.args[0])(context, builder, arguments[0])
+        address = builder.bitcast(builder.gep(buffer.data, [arguments[1]]), ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [address.type], kind)
+        builder.call(ask, [address, number(0), number(2), number(1)])  # to read, second nearest, data
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp), build
