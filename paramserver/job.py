@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from paramserver.encoding import Encoding, EncodingError, EncodingOptions, encoding_names, make_encoding
-from paramserver.encoding.layers import FULL_PRECISION, encodings_by_block
+from paramserver.encoding.layers import FULL_PRECISION, encodings_by_block, layer_encoding
 from paramserver.explain import explain, found, nearest
 from paramserver.families import families, load_function
 from paramserver.protocol.layout import Layout
@@ -92,6 +92,10 @@ class _Encoded(_Section):
     def encoding_names(self) -> set[str]:
         """All that a block may use."""
         return {self.encoding, FULL_PRECISION, *self.layers.values()}
+
+    def possible_encodings(self) -> list[Encoding]:
+        """One of each name, as `encodings` makes them."""
+        return [layer_encoding(name, self.options) for name in sorted(self.encoding_names)]
 
     def encodings(self, layout: Layout) -> tuple[Encoding, ...]:
         """The encoding of every block of the layout."""

@@ -23,7 +23,7 @@ def encodings_by_block(
     `rules` are pattern -> encoding name, in order; the first pattern that matches a parameter's name or its group
     decides (`*` and `?` as in file names).
     """
-    made = {name: _make(name, options) for name in (default, FULL_PRECISION, *rules.values())}
+    made = {name: layer_encoding(name, options) for name in (default, FULL_PRECISION, *rules.values())}
     chosen: dict[str, Encoding] = {}
     for parameter in layout.parameters:
         matching = (name for pattern, name in rules.items() if _matches(pattern, parameter.name, parameter.group))
@@ -45,7 +45,8 @@ def _matches(pattern: str, name: str, group: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(group, pattern)
 
 
-def _make(name: str, options: EncodingOptions) -> Encoding:
+def layer_encoding(name: str, options: EncodingOptions) -> Encoding:
+    """The encoding with the job's options, as far as it has them."""
     # An option that is for the job's encoding does not bar another one from a layer.
     plain = EncodingOptions(tile=options.tile, density=options.density)
     try:

@@ -43,6 +43,7 @@ from paramserver.shard.block import HeldBlock
 from paramserver.shard.consistency import make_policy
 from paramserver.shard.optimizers import make_optimizer, warm_up
 from paramserver.shard.publishing import UnknownEditionError, make_publishing, weights_of
+from paramserver.shard.publishing import warm_up as warm_up_publishing
 from paramserver.shard.telemetry import Telemetry
 from paramserver.shard.watermarks import Verdict
 
@@ -80,8 +81,8 @@ class Refused(Exception):  # noqa: N818  (a verdict on the peer's message, not a
 
 def prepare(job: Job) -> None:
     """Compile, or load, all that serving this job calls. Takes seconds the first time; safe in another thread."""
-    names = {*job.push.encoding_names, *job.pull.encoding_names, "fp32"}
-    warm_up(make_optimizer(job.optimizer), {make_encoding(name, job.push.options) for name in names})
+    warm_up(make_optimizer(job.optimizer), job.push.possible_encodings())
+    warm_up_publishing(job.pull, job.pull.possible_encodings())
 
 
 class Serving:
@@ -99,7 +100,8 @@ class Serving:
         self.push_encodings = self.job.push.encodings(order.layout)  # by block; a flushed residual comes in fp32
         self.pull_encodings = self.job.pull.encodings(order.layout)
         self.publishing = make_publishing(self.job.pull, dict(enumerate(self.pull_encodings)))
-        warm_up(self.optimizer, {self.fp32, *self.push_encodings, *self.pull_encodings})
+        warm_up(self.optimizer, {self.fp32, *self.push_encodings})
+        warm_up_publishing(self.job.pull, set(self.pull_encodings))
         self.telemetry = Telemetry()
         self.peers: dict[bytes, tuple[str, int]] = {}  # who said Hello: (worker, incarnation)
         self.sweep_at = SWEEP_PEERS

@@ -16,16 +16,18 @@ import math
 from abc import ABC, abstractmethod
 from array import array
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
 import numpy as np
 
-from paramserver.encoding import Encoding, make_encoding
+from paramserver.encoding import Encoding, aligned_zeros, make_encoding
+from paramserver.encoding import warm_up as warm_up_encoding
 from paramserver.encoding.base import Bytes, Float32
 from paramserver.encoding.coded import Coded, StepPolicy
+from paramserver.encoding.coded import warm_up as warm_up_coded
 from paramserver.job import PullSettings
 from paramserver.protocol.buffers import BufferPool
 from paramserver.protocol.transport import FrameMemory
@@ -131,7 +133,9 @@ class PublishedBlock:
     )  # fmt: skip
 
     def __init__(self, weights: Float32, version: int) -> None:
-        self.values: Float32 = weights.copy()  # (elements,): what every worker at `edition` holds, bit for bit
+        # (elements,): what every worker at `edition` holds, bit for bit
+        self.values = aligned_zeros(weights.size, place=1)
+        self.values[:] = weights
         self.edition = 0
         self.log: deque[Bytes] = deque()  # the deltas that made editions edition - len(log) + 1 ... edition
         self.log_bytes = 0
@@ -314,6 +318,15 @@ class PublishedDeltas(Publishing):
         with np.errstate(over="ignore", invalid="ignore"):
             delta = np.subtract(block.weights, replica.values, out=self._delta[: block.elements])
             return float(np.dot(delta, delta)), float(np.dot(block.weights, block.weights))
+
+
+def warm_up(settings: PullSettings, encodings: Iterable[Encoding]) -> None:
+    """Compile, or load from the disk cache, all that pulls need, so that the first edition makes nobody wait."""
+    for encoding in encodings:
+        if isinstance(encoding, Coded):
+            warm_up_coded()
+        else:
+            warm_up_encoding(encoding, of_deltas=not settings.is_fresh)
 
 
 _FP32 = make_encoding("fp32")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from time import monotonic
@@ -17,7 +19,7 @@ from paramserver.protocol.messages import Heartbeat, Orders, Register, Registere
 from paramserver.protocol.transport import Listener, Received
 from paramserver.protocol.zeromq import ZeroMQTransport
 from paramserver.shard import server as server_module
-from paramserver.shard.core import ShardCore
+from paramserver.shard.core import ShardCore, prepare
 from paramserver.shard.preparation import Preparation
 from paramserver.shard.server import ShardServer
 
@@ -95,3 +97,30 @@ def test_a_preparation_compiles_for_the_job_of_its_order(poll: Callable[..., Any
     compiled: list[str] = []
     _end(Preparation(order(), lambda job: compiled.append(job.name)), poll)
     assert compiled == ["job"]
+
+
+def test_a_job_of_stochastic_pushes_is_prepared_with_its_layers_and_its_pulls() -> None:
+    # Neither fp32, which norms and biases have, nor ternary can round so.
+    push = {"encoding": "int8", "rounding": "stochastic"}
+    prepare(Job.model_validate({"name": "job", "model": {"family": "recurrent"}, "push": push}))
+
+
+def test_preparing_compiles_what_publishing_calls_and_no_encoder_of_pulls() -> None:
+    # A process of its own: in this one, other tests have compiled everything.
+    script = """
+from paramserver.job import Job
+from paramserver.shard.core import prepare
+from paramserver.encoding import kernels as family
+from paramserver.encoding.coded import kernels as coded
+from paramserver.encoding.tiled import kernels as tiled
+
+for pull in ("ternary", "coded"):
+    ways = {"push": {"encoding": "int4"}, "pull": {"encoding": pull}}
+    prepare(Job.model_validate({"name": "job", "model": {"family": "recurrent"}, **ways}))
+ready = [family.delta_fp32, tiled.delta_ternary, coded.quantise_delta, family.decode]
+assert all(kernel.signatures for kernel in ready), ready
+assert not tiled.encode_ternary.signatures
+assert not tiled.delta_int4.signatures
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
