@@ -20,7 +20,8 @@ from paramserver.cli.__main__ import main
 from paramserver.cli.bench import choices, codec, exchange, report, wire
 from paramserver.cli.bench.crew import Crew, Line, MeasurementError, cpu_seconds
 from paramserver.cli.errors import InputError
-from paramserver.encoding import encoding_names, make_encoding
+from paramserver.encoding import EncodingOptions, encoding_names, make_encoding
+from paramserver.protocol.layout import BLOCK_ELEMENTS
 
 Capture = pytest.CaptureFixture[str]
 Processes = Callable[[], list[psutil.Process]]
@@ -266,24 +267,78 @@ def test_memory_that_cannot_be_shared_is_told_instead_of_measured(monkeypatch: p
         wire.measure(wire.WireSetting(5000, 1, 0.05, True))
 
 
-def test_codec_measures_the_kernels_that_the_exchange_uses(monkeypatch: pytest.MonkeyPatch) -> None:
-    (found,) = codec.measure(["int8"], 64, 1000, {"name": "adagrad"}, rounds=2)
-    assert found.identifier == "int8/64"
-    assert found.bits == 8 * make_encoding("int8").frame_bytes(1000) / 1000
-    assert min(found.memcpy_seconds, found.encode_over_memcpy, found.apply_over_memcpy) > 0
-    assert found.encode_gigabytes_per_second > 0
-    # A kernel that takes longer shows: the figure is its time, not a constant.
-    slower = type(make_encoding("int8")).encode
+def seconds_of(work: str) -> float:
+    cells = codec.measure(["int8"], [64], [1000], works=[work], rounds=2)
+    assert [(cell.encoding, cell.work, cell.elements) for cell in cells] == [("int8/64", work, 1000)]
+    return cells[0].seconds
 
-    def dawdle(self: Any, *arguments: Any, **named: Any) -> int:
-        until = time.perf_counter() + 0.002
-        while time.perf_counter() < until:
+
+@pytest.mark.parametrize(
+    ("work", "method"),
+    [("encode", "encode"), ("publish", "encode_delta"), ("decode", "decode"), ("add", "decode_add")],
+)
+def test_codec_times_the_method_that_the_exchange_calls(
+    work: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 0 < seconds_of(work) < 0.002
+    # One that takes longer shows: the figure is its time, not a constant.
+    kind = type(make_encoding("int8"))
+    slower = getattr(kind, method)
+
+    def dawdle(*arguments: Any, **named: Any) -> Any:
+        until = time.thread_time() + 0.002
+        while time.thread_time() < until:
             pass
-        return slower(self, *arguments, **named)
+        return slower(*arguments, **named)
 
-    monkeypatch.setattr(type(make_encoding("int8")), "encode", dawdle)
-    (dawdling,) = codec.measure(["int8"], 64, 1000, {"name": "adagrad"}, rounds=2)
-    assert dawdling.encode_over_memcpy * dawdling.memcpy_seconds >= 0.002
+    monkeypatch.setattr(kind, method, dawdle)
+    assert seconds_of(work) >= 0.002
+
+
+def test_codec_measures_every_work_of_every_encoding_tile_and_size() -> None:
+    optimizers = [{"name": "adagrad"}, {"name": "sgd"}]
+    cells = codec.measure(["bf16", "int4"], [64, 128], [1000, 3000], optimizers=optimizers, rounds=3)
+    assert [(cell.elements, cell.encoding, cell.work) for cell in cells] == [
+        (elements, identifier, work)
+        for elements in (1000, 3000)
+        for identifier in ("bf16", "int4/64", "int4/128")
+        for work in (*codec.WORKS, "adagrad", "sgd")
+    ]
+    assert cells[-1].bits == 8 * make_encoding("int4", EncodingOptions(tile=128)).frame_bytes(3000) / 3000
+    for cell in cells:
+        assert min(cell.seconds, cell.memcpy_seconds, cell.gigabytes_per_second) > 0
+        assert len(cell.ratios) == 3
+        assert cell.ratio == cell.seconds / cell.memcpy_seconds
+    assert [len(row) for row in codec.by_encoding(cells)] == [6] * 6
+
+
+def test_codec_works_in_the_blocks_of_the_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    kind = type(make_encoding("bf16"))
+    encode = kind.encode
+
+    def noted(self: Any, values: Any, *arguments: Any, **named: Any) -> int:
+        encoded.append(values.size)
+        return encode(self, values, *arguments, **named)
+
+    monkeypatch.setattr(kind, "encode", noted)
+    codec.measure(["bf16"], [64], [2 * BLOCK_ELEMENTS + 5], works=["encode"], rounds=1)
+    assert encoded[:3] == [BLOCK_ELEMENTS, BLOCK_ELEMENTS, 5]
+    assert set(encoded) == {BLOCK_ELEMENTS, 5}
+
+
+def test_what_codec_publishes_goes_on_moving(monkeypatch: pytest.MonkeyPatch) -> None:
+    distances: list[float] = []
+    kind = type(make_encoding("int8"))
+    publish = kind.encode_delta
+
+    def noted(self: Any, weights: Any, published: Any, *arguments: Any) -> int:
+        distances.append(float(abs(weights - published).max()))
+        return publish(self, weights, published, *arguments)
+
+    monkeypatch.setattr(kind, "encode_delta", noted)
+    codec.measure(["int8"], [64], [1000], works=["publish"], rounds=2)
+    assert min(distances) > 1
 
 
 # -------------------------------------------------------------------------- the command
@@ -307,6 +362,8 @@ def test_bench_codec_measures_every_installed_encoding(capsys: Capture) -> None:
     assert {(row["encoding"].partition("/")[0], row["elements"]) for row in found["results"]} == {
         (name, elements) for name in encoding_names() for elements in (1000, 2000)
     }
+    for row in found["results"]:
+        assert min(row[f"{work}_over_memcpy"] for work in ("encode", "publish", "apply")) > 0
 
 
 def test_bench_codec_prints_a_table_and_the_machine(capsys: Capture) -> None:
