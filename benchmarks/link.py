@@ -140,7 +140,9 @@ def _rank(line: Line, rank: int, ranks: int, shapes: Shapes, megabits: int) -> N
             self.wanted = {name: 1e-3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
         def forward(self) -> torch.Tensor:
-            return torch.stack([layer @ self.wanted[name] for name, layer in self.layers.items()]).sum()
+            return torch.stack(
+                [layer.flatten() @ self.wanted[name].flatten() for name, layer in self.layers.items()]
+            ).sum()
 
     model = torch.nn.parallel.DistributedDataParallel(Model())
     optimizer = torch.optim.SGD(model.parameters(), lr=MOMENTUM["lr"], momentum=MOMENTUM["momentum"])

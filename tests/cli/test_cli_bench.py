@@ -242,7 +242,8 @@ def test_a_rate_counts_what_the_shards_have_taken_and_given(processes: Processes
     part = elements // shards
     assert counted["push_payload_bytes"] == rate.cycles * shards * make_encoding("int8").frame_bytes(part)
     assert counted["pull_payload_bytes"] == rate.cycles * elements * 2
-    assert all(0 < shard[exchange.PEAK] < 500 for shard in rate.shards)
+    # Nothing, where compiling the kernels took more than serving so small a model.
+    assert all(0 <= shard[exchange.PEAK] < 500 for shard in rate.shards)
 
 
 def test_a_setting_that_no_job_may_have_starts_no_process(processes: Processes) -> None:
