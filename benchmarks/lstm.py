@@ -132,7 +132,6 @@ def ours(ways: Ways, shards: int, slow_seconds: float, seconds: float) -> Rate:
 
 
 def _worker(line: Line, number: int, addresses: Sequence[Any], specification: str, slow_seconds: float) -> None:
-    from paramserver.encoding import EncodingOptions, make_encoding
     from paramserver.job import Job
     from paramserver.protocol.zeromq import ZeroMQTransport
     from worker.client import Identity
@@ -147,7 +146,7 @@ def _worker(line: Line, number: int, addresses: Sequence[Any], specification: st
     replica = Replica([Parameter(one.name, one.tensor, "all") for one in task.parameters()])
     transport, counters = ZeroMQTransport(), Counters()
     identity = Identity("bench", f"worker-{number}", 1, replica.layout.fingerprint)
-    codec = Codec(make_encoding(push.encoding, EncodingOptions(tile=push.tile)), push.deadline_seconds)
+    codec = Codec(push.encodings(replica.layout), push.deadline_seconds, push.error)
     exchange = Exchange(transport, addresses, identity, 1, replica, codec, counters)
     if number == 0:
         exchange.initialise()
