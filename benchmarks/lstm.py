@@ -159,7 +159,7 @@ def _worker(line: Line, number: int, addresses: Sequence[Any], specification: st
 
 def as_a_job(ways: Ways, shards: int, seconds: float, steps_per_second: float) -> float:
     """Steps a second of all workers in a job under `paramserver run`, as its metrics tell them."""
-    content = {
+    content: dict[str, Any] = {
         "name": "lstm",
         "model": {"family": "recurrent", "args": ARGUMENTS.model_dump(mode="json")},
         "data": DATA.model_dump(mode="json"),
@@ -192,7 +192,7 @@ def hogwild(processes: int, slow_seconds: float, seconds: float) -> Rate:
     """Recht et al. 2011, as torch's own example has it; with one process it is plain SGD."""
     shared = {parameter.name: parameter.tensor.detach().clone() for parameter in build_task().parameters()}
     for tensor in shared.values():
-        tensor.share_memory_()
+        tensor.share_memory_()  # type: ignore[no-untyped-call]
     with Crew(QUIET) as crew:
         started = [crew.start(f"process-{n}", _wild, n, shared, slow_seconds * (n > 0)) for n in range(processes)]
         rate = run_cycles(crew, started, seconds)
@@ -245,7 +245,7 @@ def _rank(line: Line, rank: int, port: int, slow_seconds: float) -> None:
         loss = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=NOT_PREDICTED, reduction="sum")
         time.sleep(slow_seconds)  # before the gradients are summed, which begins inside of backward
         optimizer.zero_grad()
-        (loss / window.elements).backward()
+        (loss / window.elements).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     follow_together(line, step)

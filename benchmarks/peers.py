@@ -56,7 +56,9 @@ def _rpc_process(line: Line, rank: int, servers: int, workers: int, elements: in
     torch.set_num_threads(1)
     name = f"server{rank}" if rank < servers else f"worker{rank - servers}"
     options = rpc.TensorPipeRpcBackendOptions(num_worker_threads=4, init_method=f"tcp://127.0.0.1:{port}")
-    rpc.init_rpc(name, rank=rank, world_size=servers + workers, rpc_backend_options=options)
+    rpc.init_rpc(  # type: ignore[no-untyped-call]
+        name, rank=rank, world_size=servers + workers, rpc_backend_options=options
+    )
     if rank < servers:
         _allocate(elements // servers)
     else:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from worker.attached import Attached
 
 LOOPBACK = "tcp://127.0.0.1:0"
-MOMENTUM = {"name": "momentum", "lr": 1e-3, "momentum": 0.9}
+MOMENTUM: Mapping[str, Any] = {"name": "momentum", "lr": 1e-3, "momentum": 0.9}
 GRADIENT_SCALE = 1e-3
 WARM_SHARE = 0.2  # of the timed part
 NEVER_SECONDS = 1e6
