@@ -17,6 +17,11 @@ def _symbol(arguments: BaseModel) -> str:
     return "symbol"
 
 
+def _lease_examples(data: BaseModel) -> int:
+    examples: int = getattr(data, "batch", 1)
+    return examples
+
+
 @dataclass(frozen=True)
 class Family:
     """A model family.
@@ -28,6 +33,8 @@ class Family:
     message where the data is not on this machine.
     `symbol` says for checked arguments what one predicted element is, in a word: losses are told in bits
     a character, bits a word, bits an image.
+    `lease_examples` says for checked data how many examples a lease holds; else it is `batch`. A lease costs a
+    message to the coordinator, so where a batch takes a millisecond, a lease should hold several.
     """
 
     name: str
@@ -36,6 +43,7 @@ class Family:
     task: str
     find_data: str
     symbol: Callable[[Any], str] = _symbol
+    lease_examples: Callable[[Any], int] = _lease_examples
 
     def check(self, arguments: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[BaseModel, BaseModel]:
         """Both checked; raises pydantic.ValidationError."""

@@ -274,6 +274,12 @@ def symbol_of(job: Job) -> str:
     return family.symbol(family.arguments.model_validate(job.model.args))
 
 
+def lease_examples_of(job: Job) -> int:
+    """Examples of a lease of a checked job; the last one of an epoch or split may have fewer."""
+    family = families()[job.model.family]
+    return family.lease_examples(family.data.model_validate(job.data))
+
+
 # ------------------------------------------------------------------------------------- reading
 
 

@@ -15,7 +15,7 @@ import msgspec
 
 from paramserver.coordinator.effects import Effect, LeaseResult, SaveDone
 from paramserver.coordinator.sessions import Session
-from paramserver.job import Job
+from paramserver.job import Job, lease_examples_of
 from paramserver.protocol.messages import LeaseDone, WorkerReport
 from paramserver.router.horizon import Speed, fair_hold
 from paramserver.router.leases import Kind, LeaseBook, LeaseState
@@ -47,9 +47,9 @@ class Leasing:
         self._effects = effects
         self._count = count
         self._wanted_steps = job.stop.steps
-        self._batch = int(job.data.get("batch", 1))
+        self._lease_examples = lease_examples_of(job)
         self.book = LeaseBook(
-            batch=self._batch,
+            batch=self._lease_examples,
             epochs=job.stop.epochs,
             seed=job.seed,
             state=msgspec.convert(state, LeaseState) if state else None,
@@ -181,7 +181,7 @@ class Leasing:
             speeds = {name: self._speeds[name].leases_a_second if name in self._speeds else None for name in others}
             speeds[worker.name] = speed.leases_a_second
             hold = fair_hold(worker.name, self.book.left(kind), speeds)
-        room = min(hold - holding, max(1, GRANT_EXAMPLES // self._batch))
+        room = min(hold - holding, max(1, GRANT_EXAMPLES // self._lease_examples))
         for lease in self.book.grant(kind, worker.name, room):
             worker.pending[lease.number] = (0, lease)
         return hold

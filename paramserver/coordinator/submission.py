@@ -8,19 +8,22 @@ from typing import Any
 
 import yaml
 
-from paramserver.job import Job, JobError, parse_job_text
+from paramserver.job import Job, JobError, lease_examples_of, parse_job_text
 
 SOURCE = "submitted job"
-MAX_BATCH = 2**20
+MAX_LEASE_EXAMPLES = 2**20
 MAX_DEPTH = 32
 
 
 def check_submission(text: str, data_roots: Sequence[Path]) -> Job:
     """The job of a YAML or JSON text, with its data paths absolute. Raises JobError."""
     job = _parse(text)
-    batch = job.data.get("batch", 1)
-    if not isinstance(batch, int) or not 1 <= batch <= MAX_BATCH:
-        raise JobError(f"{SOURCE}: data.batch: found {batch!r}; allowed are 1 to {MAX_BATCH} examples a lease")
+    examples = lease_examples_of(job)
+    if not isinstance(examples, int) or not 1 <= examples <= MAX_LEASE_EXAMPLES:
+        raise JobError(
+            f"{SOURCE}: data: found {examples!r} examples a lease; allowed are 1 to {MAX_LEASE_EXAMPLES}; "
+            "change data.batch"
+        )
     return job.model_copy(update={"data": _inside("data", job.data, [root.resolve() for root in data_roots])})
 
 
