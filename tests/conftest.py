@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from deploy.local import LocalCluster, Topology
+from models.datasets.folder import VARIABLE
 
 MARK = "PARAMSERVER_TEST_MARK"
 ENDING_SECONDS = 20.0
@@ -85,6 +86,23 @@ def local_cluster(tmp_path: Path, processes: object) -> Iterator[Callable[..., L
     yield make
     for cluster in clusters:
         cluster.stop()
+
+
+@pytest.fixture
+def data_root(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the published data sets; PARAMSERVER_DATA, or else ../shared/data beside the repository.
+
+    Tests of data sets skip where the data is absent, and fail there in CI: absence must be seen.
+    """
+    beside = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    root = Path(os.environ.get(VARIABLE) or beside)
+    if not all((root / name).is_dir() for name in ("mnist", "ptb", "shakespeare")):
+        reason = f"no data sets in {root}; set {VARIABLE} to the folder that holds mnist/, ptb/ and shakespeare/"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    monkeypatch.setenv(VARIABLE, str(root))
+    return root
 
 
 class Commands:

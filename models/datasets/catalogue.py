@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from models.datasets import ptb, python_source, shakespeare, text_file
+from models.datasets import digits, mnist, ptb, python_source, shakespeare, text_file
 from models.datasets.errors import DataError
 from models.datasets.folder import VARIABLE, data_folder
 
@@ -43,6 +43,18 @@ def catalogue() -> list[DataSet]:
             "tiny Shakespeare: 1,115,394 characters of 65 kinds",
             f"{root}/{shakespeare.FILE}",
             shakespeare.find,
+        ),
+        _listed(
+            mnist.NAME,
+            "MNIST: 70,000 images of handwritten digits, 28 x 28",
+            f"{root}/{mnist.FILE}",
+            mnist.find,
+        ),
+        _listed(
+            digits.NAME,
+            "optical digits: 1,797 images of handwritten digits, 8 x 8; needs no download",
+            "the package scikit-learn",
+            digits.find,
         ),
         DataSet(
             text_file.NAME,

@@ -17,10 +17,13 @@ def data_folder() -> Path | None:
     return Path(named) if named else None
 
 
-def find_file(data_set: str, relative: str) -> Path:
-    """The path of one file of a data set. Raises DataError that says where it was sought and how to mend it."""
+def find_file(data_set: str, relative: str, instead: str = "'python-source', which needs none") -> Path:
+    """The path of one file of a data set. Raises DataError that says where it was sought and how to mend it.
+
+    `instead` is the data name that does without files.
+    """
     folder = data_folder()
-    mend = f"set {VARIABLE} to the folder that holds {relative}, or use data name 'python-source', which needs none"
+    mend = f"set {VARIABLE} to the folder that holds {relative}, or use data name {instead}"
     if folder is None:
         raise DataError(f"data set {data_set!r}: {VARIABLE} is not set; {mend}")
     path = folder / relative

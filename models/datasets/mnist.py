@@ -30,12 +30,12 @@ HELD_OUT = 10_000
 
 def find() -> None:
     """Raises DataError where the file is missing."""
-    find_file(NAME, FILE)
+    _find()
 
 
 def read() -> ImageSplits:
     """The three parts, in the published order. About a second. Raises DataError for a missing or damaged file."""
-    path = find_file(NAME, FILE)
+    path = _find()
     where = f"data set {NAME!r}: {path}"
     arrays = _read_arrays(path, where)
     train, test = (
@@ -47,12 +47,16 @@ def read() -> ImageSplits:
     return ImageSplits(train[:-HELD_OUT], train[-HELD_OUT:], test, BRIGHTEST, CLASSES)
 
 
+def _find() -> Path:
+    return find_file(NAME, FILE, instead="'digits', which comes with scikit-learn")
+
+
 def _read_arrays(path: Path, where: str) -> dict[str, npt.NDArray[np.generic]]:
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, NpzFile):
-            raise ValueError("it is a single array")
-        with archive:
+        with path.open("rb") as file:  # numpy leaves a damaged one open
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, NpzFile):
+                raise ValueError("it is a single array")
             return {name: archive[name] for name in ARRAYS}
     except (OSError, EOFError, ValueError, KeyError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
         wanted = ", ".join(ARRAYS)

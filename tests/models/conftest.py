@@ -1,16 +1,13 @@
-"""Tests of data sets skip where the data is absent, and fail there in CI: absence must be seen."""
+"""Small corpora, arguments and settings for tests of models."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from models.datasets.folder import VARIABLE
 from models.datasets.vocabulary import Vocabulary
 from models.recurrent.arguments import RecurrentArguments, RecurrentData
 from models.recurrent.corpus import Corpus
@@ -20,20 +17,6 @@ from models.recurrent.corpus import Corpus
 def _one_thread() -> None:
     # Small tensors gain nothing from a second thread and lose much to it on a busy machine.
     torch.set_num_threads(1)
-
-
-@pytest.fixture
-def data_root(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the published data sets; PARAMSERVER_DATA, or else ../shared/data beside the repository."""
-    beside = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-    root = Path(os.environ.get(VARIABLE) or beside)
-    if not (root / "ptb").is_dir():
-        reason = f"no data sets in {root}; set {VARIABLE} to the folder that holds ptb/ and shakespeare/"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    monkeypatch.setenv(VARIABLE, str(root))
-    return root
 
 
 @pytest.fixture

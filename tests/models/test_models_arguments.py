@@ -89,7 +89,8 @@ def test_a_job_is_checked_where_torch_is_not_installed() -> None:
         arguments, data = FAMILY.check({"task": "char-lm"}, {"name": "python-source"})
         module, _, function = FAMILY.find_data.partition(":")
         getattr(importlib.import_module(module), function)(data)
-        assert {one.name for one in catalogue()} == {"python-source", "ptb", "shakespeare", "text-file"}
+        known = {"python-source", "ptb", "shakespeare", "mnist", "digits", "text-file"}
+        assert {one.name for one in catalogue()} == known
         module, _, function = FAMILY.task.partition(":")
         try:
             importlib.import_module(module)

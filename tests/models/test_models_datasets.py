@@ -202,7 +202,8 @@ def test_the_catalogue_tells_what_is_here_and_how_to_get_the_rest(
         (tmp_path / relative).parent.mkdir(exist_ok=True)
         (tmp_path / relative).touch()
     listed = {one.name: one for one in catalogue()}
-    assert {name for name, one in listed.items() if one.is_here} == {"python-source", "ptb", "text-file"}
+    assert {name for name, one in listed.items() if one.is_here} == {"python-source", "ptb", "text-file", "digits"}
+    assert "'digits'" in listed["mnist"].how
     assert "set PARAMSERVER_DATA" in listed["shakespeare"].how
     assert listed["shakespeare"].where == f"{tmp_path}/{shakespeare.FILE}"
 
