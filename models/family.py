@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -31,8 +31,8 @@ class Family:
     (arguments, data, seed, device) and returns a models.task.Task.
     `find_data` is "module:function", torch-free; it takes `data` and raises ValueError with a clear
     message where the data is not on this machine.
-    `symbol` says for checked arguments what one predicted element is, in a word: losses are told in bits
-    a character, bits a word, bits an image.
+    `symbol` says for checked arguments what one predicted element is, in a word, and `unit` what its losses are
+    told in: bits a character, bits a word, nats an image.
     `lease_examples` says for checked data how many examples a lease holds; else it is `batch`. A lease costs a
     message to the coordinator, so where a batch takes a millisecond, a lease should hold several.
     """
@@ -43,6 +43,7 @@ class Family:
     task: str
     find_data: str
     symbol: Callable[[Any], str] = _symbol
+    unit: Literal["bits", "nats"] = "bits"
     lease_examples: Callable[[Any], int] = _lease_examples
 
     def check(self, arguments: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[BaseModel, BaseModel]:

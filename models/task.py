@@ -31,7 +31,7 @@ class Step:
     loss: float  # mean over elements, nats
     elements: int  # predicted symbols
     gradients: Mapping[str, Tensor]  # by parameter name; shapes as the parameters'
-    metrics: Mapping[str, float] = field(default_factory=dict)  # sums over elements
+    metrics: Mapping[str, float] = field(default_factory=dict)  # sums over elements; people see the means
     triggered: tuple[str, ...] = ()  # groups that the batch used
 
 

@@ -22,6 +22,7 @@ class FamilyLike:
     task: str
     find_data: str
     symbol: Callable[[Any], str]
+    unit: str
     lease_examples: Callable[[Any], int]
 
 

@@ -274,6 +274,11 @@ def symbol_of(job: Job) -> str:
     return family.symbol(family.arguments.model_validate(job.model.args))
 
 
+def unit_of(job: Job) -> str:
+    """What people are told the losses of a checked job in: "bits" or "nats"."""
+    return families()[job.model.family].unit
+
+
 def lease_examples_of(job: Job) -> int:
     """Examples of a lease of a checked job; the last one of an epoch or split may have fewer."""
     family = families()[job.model.family]

@@ -228,4 +228,5 @@ class Desk:
                 working_seconds=counters.working_seconds,
                 device=counters.device,
                 begun=state.leases.begun,
+                metrics=dict(counters.metrics),
             )

@@ -184,7 +184,7 @@ class Trainer:
             self.exchange.tick(clock)
             self.exchange.ask(clock)
             return False
-        self.counters.saw(step.loss, step.elements)
+        self.counters.saw(step.loss, step.elements, step.metrics)
         clip_(step.gradients, norm, self.clip)
         update = step.gradients if self.optimizer is None else self.optimizer.step(step.gradients)
         self.exchange.begin(update, editions, clock, computing_seconds)

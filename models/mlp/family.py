@@ -12,5 +12,6 @@ FAMILY = Family(
     task="models.mlp.task:build",
     find_data="models.mlp.data:find_data",
     symbol=lambda arguments: "image",
+    unit="nats",
     lease_examples=lambda data: data.lease_examples,
 )

@@ -40,7 +40,7 @@ def progress_line(job: Figures) -> str:
         done = min(job["examples"] / wanted, 1.0) if wanted else None
         parts += [
             f"{count(job['steps'])} steps" + (f" ({done:.0%})" if done is not None else ""),
-            f"loss {number(job['bits'])} bits a {job['symbol']}",
+            f"loss {_loss(job, job)}{_metrics(job['metrics'], 3)}",
             f"{number(job['examples_a_second'], 1)} examples/s",
             f"push {byte_size(job['pushed_bytes_a_second'])}/s, pull {byte_size(job['pulled_bytes_a_second'])}/s",
             f"staleness {number(job['staleness']['all']['mean'], 2)}",
@@ -53,17 +53,16 @@ def progress_line(job: Figures) -> str:
 def result_rows(result: Figures) -> list[tuple[str, str]]:
     """The table at the end of a job: name and value."""
     rows = [("state", str(result["state"]) + (f": {result['reason']}" if result["reason"] else ""))]
-    symbol = result["symbol"]
     for split, what in (("train", "training loss, last steps"), ("valid", "validation loss"), ("test", "test loss")):
         loss = result[split]
-        if loss["bits"] is not None:
-            rows.append(
-                (what, f"{number(loss['bits'], 4)} bits a {symbol}, perplexity {number(loss['perplexity'], 3)}")
-            )
+        if loss["loss"] is not None:
+            # Perplexity is what language models are compared by, and only they are told in bits.
+            perplexity = f", perplexity {number(loss['perplexity'], 3)}" if result["unit"] == "bits" else ""
+            rows.append((what, f"{_loss(loss, result, 4)}{perplexity}{_metrics(loss['metrics'])}"))
     for split, what in (("valid", "validation loss of the replica"), ("test", "test loss of the replica")):
         loss = result["replica"][split]
-        if loss["bits"] is not None:
-            rows.append((what, f"{number(loss['bits'], 4)} bits a {symbol}"))
+        if loss["loss"] is not None:
+            rows.append((what, f"{_loss(loss, result, 4)}{_metrics(loss['metrics'])}"))
     rows.append(("time", f"{number(result['seconds'], 1)} s"))
     if result["steps"]:
         rows += _training_rows(result)
@@ -104,7 +103,7 @@ def status_rows(job: Figures) -> list[tuple[str, str]]:
         ("model", f"{count(job['elements'])} parameters in {count(job['blocks'])} blocks"),
         ("steps", count(job["steps"])),
         ("examples", f"{count(job['examples'])} of {count(job['examples_wanted'])}"),
-        ("loss", f"{number(job['bits'], 4)} bits a {job['symbol']}"),
+        ("loss", f"{_loss(job, job, 4)}{_metrics(job['metrics'])}"),
         ("examples/s", number(job["examples_a_second"], 1)),
         ("updates/s", number(job["updates_a_second"], 1)),
         ("push", _way(job, "push", "pushed")),
@@ -120,6 +119,18 @@ def status_rows(job: Figures) -> list[tuple[str, str]]:
         ("survived", _pairs({"examples repeated": job["examples_repeated"], **faults})),
         ("refused", _pairs(job["refusals"]) or "nothing"),
     ]
+
+
+def _loss(loss: Figures, of: Figures, digits: int = 3) -> str:
+    """A loss in the unit that the job's family asks for, for example "1.886 bits a character"."""
+    article = "an" if of["symbol"][:1] in "aeiou" else "a"
+    value = loss["bits" if of["unit"] == "bits" else "loss"]
+    return f"{number(value, digits)} {of['unit']} {article} {of['symbol']}"
+
+
+def _metrics(metrics: Figures, digits: int = 4) -> str:
+    """The task's own metrics, to follow its loss; empty where it has none."""
+    return "".join(f", {name} {number(value, digits)}" for name, value in metrics.items())
 
 
 def _way(job: Figures, way: str, past: str) -> str:

@@ -53,6 +53,7 @@ METRICS = (  # of the status, what a line of metrics.jsonl holds
     "examples_repeated",
     "loss",
     "bits",
+    "metrics",
     "examples_a_second",
     "updates_a_second",
     "pushed_bytes",

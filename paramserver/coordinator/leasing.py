@@ -58,6 +58,8 @@ class Leasing:
         )
         self.sums: dict[str, dict[str, float]] = {}
         """By split: leases, examples, steps, elements, loss_sum (nats), skipped_steps of what is done."""
+        self.metric_sums: dict[str, dict[str, float]] = {}
+        """By split: the task's own metrics by name, summed over the same elements."""
         self.warnings: list[str] = list(progress.get("warnings", []))
         self._speeds: dict[str, Speed] = {}
         self._finished: dict[str, int] = {}  # leases done by worker since its speed was looked at
@@ -136,6 +138,9 @@ class Leasing:
             ("skipped_steps", result.done.skipped_steps),
         ):
             sums[name] = sums.get(name, 0) + value
+        metrics = self.metric_sums.setdefault(result.split, {})
+        for name, value in result.done.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value
 
     def compare(self, session: Session, report: WorkerReport, seen: int) -> list[int]:
         """Bring the book in line with what the worker holds. Call after `take_results`.

@@ -26,7 +26,7 @@ from paramserver.coordinator.placement import PlacedShard, Placement, PlacementE
 from paramserver.coordinator.sessions import Session
 from paramserver.coordinator.telemetry import Telemetry
 from paramserver.encoding.layers import unmatched
-from paramserver.job import Job, symbol_of
+from paramserver.job import Job, symbol_of, unit_of
 from paramserver.protocol.layout import Layout, LayoutError, check_layout
 from paramserver.protocol.messages import (
     ExportPart,
@@ -77,7 +77,7 @@ class JobRun:
         documents = documents or {}
         self.record = record
         self.job = Job.model_validate_json(record.specification)
-        self.symbol = symbol_of(self.job)
+        self.symbol, self.unit = symbol_of(self.job), unit_of(self.job)
         self.telemetry = Telemetry()
         self.layout: Layout | None = None
         self.examples: dict[str, int] = {}

@@ -1,11 +1,13 @@
 """What a job has come to, in plain JSON values: figures while it runs, a result when it is over.
 
-Losses are nats and bits an element, perplexity is exp(nats), bytes are whole messages on the shards' side.
+Losses are nats and bits an element, perplexity is exp(nats), a task's own metrics are means over elements, bytes are
+whole messages on the shards' side. `unit` says whether people are told the nats or the bits.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 from paramserver.coordinator.effects import JobRecord
@@ -38,7 +40,9 @@ def job_figures(run: JobRun, waiting: str, now: float) -> dict[str, Any]:
         "blocks": len(run.layout.blocks) if run.layout else 0,
         "loss": loss,
         "bits": bits(loss),
+        "metrics": telemetry.metrics(),
         "symbol": run.symbol,
+        "unit": run.unit,
         **{f"{name}_a_second": rate for name, rate in rates.items()},
         **telemetry.traffic(),
         "staleness": telemetry.staleness(),
@@ -68,10 +72,10 @@ def job_result(run: JobRun, coordinator_refusals: dict[str, int], now: float) ->
         "state": run.state,
         "reason": run.record.reason,
         "symbol": run.symbol,
-        "train": _loss(train),
-        "valid": _loss(_mean_loss(run, "valid")),
-        "test": _loss(_mean_loss(run, "test")),
-        "replica": {split: _loss(_mean_loss(run, split_name(split, "replica"))) for split in EVALUATED_SPLITS},
+        "unit": run.unit,
+        "train": _loss(train, telemetry.metrics()),
+        **{split: _evaluated(run, split) for split in EVALUATED_SPLITS},
+        "replica": {split: _evaluated(run, split_name(split, "replica")) for split in EVALUATED_SPLITS},
         "steps": run.steps(),
         "examples": _examples(run),
         "examples_repeated": run.book.examples_repeated,
@@ -100,8 +104,9 @@ def empty_result(record: JobRecord) -> dict[str, Any]:
         "state": record.state,
         "reason": record.reason,
         "symbol": "element",
-        **{split: _loss(None) for split in ("train", "valid", "test")},
-        "replica": {split: _loss(None) for split in EVALUATED_SPLITS},
+        "unit": "nats",
+        **{split: _loss(None, {}) for split in ("train", *EVALUATED_SPLITS)},
+        "replica": {split: _loss(None, {}) for split in EVALUATED_SPLITS},
         **dict.fromkeys(("steps", "examples", "examples_repeated", "skipped_steps"), 0),
         "seconds": 0.0,
         "seconds_by_state": {},
@@ -144,12 +149,14 @@ def _examples(run: JobRun) -> float:
     return round(max(finished, recorded), 3)
 
 
-def _mean_loss(run: JobRun, split: str) -> float | None:
-    sums = run.leasing.sums.get(split, {})
-    return ratio(sums.get("loss_sum", 0.0), sums.get("elements", 0))
+def _evaluated(run: JobRun, split: str) -> dict[str, Any]:
+    sums, metric_sums = run.leasing.sums.get(split, {}), run.leasing.metric_sums.get(split, {})
+    elements = sums.get("elements", 0)
+    metrics = {name: ratio(total, elements) for name, total in sorted(metric_sums.items())}
+    return _loss(ratio(sums.get("loss_sum", 0.0), elements), metrics)
 
 
-def _loss(nats: float | None) -> dict[str, float | None]:
+def _loss(nats: float | None, metrics: Mapping[str, float | None]) -> dict[str, Any]:
     # Beyond 700 nats the perplexity is no float any more.
     perplexity = math.exp(nats) if nats is not None and nats < 700 else None
-    return {"loss": nats, "bits": bits(nats), "perplexity": perplexity}
+    return {"loss": nats, "bits": bits(nats), "perplexity": perplexity, "metrics": dict(metrics)}

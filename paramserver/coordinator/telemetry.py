@@ -63,6 +63,15 @@ class Telemetry:
         losses = [report.loss for report in self.workers.values() if report.steps and math.isfinite(report.loss)]
         return sum(losses) / len(losses) if losses else None
 
+    def metrics(self) -> dict[str, float]:
+        """The workers' last training metrics by name, an element: means over those that report them."""
+        found: dict[str, list[float]] = {}
+        for report in self.workers.values():
+            for name, value in report.metrics.items():
+                if math.isfinite(value):
+                    found.setdefault(name, []).append(value)
+        return {name: sum(values) / len(values) for name, values in sorted(found.items())}
+
     def sample(self, now: float, totals: dict[str, float]) -> dict[str, float]:
         """Rates a second of totals that grow, over the last RATE_SECONDS."""
         if not self._samples or now > self._samples[-1][0]:

@@ -257,7 +257,7 @@ class LeaseDone(Struct, frozen=True, array_like=True):
     elements: Count = 0  # predicted symbols; what loss_sum is divided by
     loss_sum: float = 0.0  # nats
     skipped_steps: Count = 0  # not finite, caught on the worker
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = {}  # the task's own, by name
 
 
 class ShardAddress(Struct, frozen=True, array_like=True):
@@ -388,6 +388,8 @@ class WorkerReport(Struct, frozen=True, array_like=True, tag="worker-report"):
     What is freed after it was begun counts as repeated. A worker tells at once when it begins a lease; what
     it began and could not tell before it died is not counted.
     """
+
+    metrics: dict[str, float] = {}  # of the last steps, means over elements (moving averages)
 
 
 class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):

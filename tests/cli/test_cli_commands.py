@@ -144,6 +144,7 @@ def test_data_list_says_what_is_here_and_how_to_get_the_rest(capsys: Capture, mo
     shown = capsys.readouterr().out
     assert "python-source  here" in shown
     assert "ptb            not here" in shown
+    assert "mnist          not here" in shown
     assert "set PARAMSERVER_DATA" in shown
     assert main(["data", "list", "--json"]) == 0
     assert {"name", "what", "where", "is_here", "how"} == set(json.loads(capsys.readouterr().out)[0])
@@ -290,6 +291,22 @@ def test_a_job_that_failed_before_its_first_step_shows_no_empty_figures() -> Non
     ]
     trained = {**empty_result(record), "steps": 3, "workers_lost": ["worker-1"]}
     assert {"steps", "examples", "pushed", "workers lost"} <= {name for name, _ in figures.result_rows(trained)}
+
+
+def test_losses_are_told_in_the_familys_unit_with_the_tasks_own_metrics() -> None:
+    record = JobRecord("x", 1, "{}", (), "today", state="done")
+    loss = {"loss": 0.5, "bits": 0.7213, "perplexity": 1.6487}
+    images = {
+        **empty_result(record),
+        "unit": "nats",
+        "symbol": "image",
+        "test": {**loss, "metrics": {"accuracy": 0.97812}},
+    }
+    images["replica"] = {**images["replica"], "test": images["test"]}
+    rows = dict(figures.result_rows(images))
+    assert rows["test loss"] == rows["test loss of the replica"] == "0.5000 nats an image, accuracy 0.9781"
+    text = {**empty_result(record), "unit": "bits", "symbol": "character", "test": {**loss, "metrics": {}}}
+    assert dict(figures.result_rows(text))["test loss"] == "0.7213 bits a character, perplexity 1.649"
 
 
 def test_ctrl_c_while_commands_are_imported_shows_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,7 @@ class FakeWorker:
             steps=2 * len([lease for lease in self.log if lease.kind == "train"]),
             loss=2.0,
             begun=self.begun,
+            metrics={"accuracy": 0.5} if self.log else {},
         )
 
     def obey(self, message: Message, now: float) -> None:
@@ -185,8 +186,13 @@ class FakeWorker:
             self.log.append(lease)
             del self.held[number]
             steps = 2 if lease.kind == "train" else 0
+            examples = len(lease.examples)
             self.done[number] = LeaseDone(
-                number, steps=steps, elements=4 * len(lease.examples), loss_sum=self.loss_sum * len(lease.examples)
+                number,
+                steps=steps,
+                elements=4 * examples,
+                loss_sum=self.loss_sum * examples,
+                metrics={"accuracy": 3.0 * examples},
             )
             self.membership.beat_soon()
             break

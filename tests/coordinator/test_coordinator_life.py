@@ -65,10 +65,23 @@ def test_job_runs_from_queue_to_done_and_every_example_is_trained_once(cluster: 
     assert result["valid"]["loss"] == pytest.approx(2.0)
     assert result["test"]["bits"] == pytest.approx(2.0 / math.log(2))
     assert result["test"]["perplexity"] == pytest.approx(math.exp(2.0))
+    assert result["train"]["metrics"] == {"accuracy": 0.5}, "of the last steps"
+    for evaluated in (result, result["replica"]):
+        assert evaluated["valid"]["metrics"] == evaluated["test"]["metrics"] == {"accuracy": 0.75}
+    assert (result["unit"], result["symbol"]) == ("bits", "character")
     assert result["staleness"]["all"]["mean"] == pytest.approx(8 / 14)
     assert set(result["seconds_by_state"]) >= {"initialising", "training", "draining", "evaluating", "exporting"}
     json.dumps(result, allow_nan=False)
     assert all(process.order is None for process in cluster.processes.values())
+
+
+def test_a_lease_is_as_long_as_the_family_says(cluster: Cluster) -> None:
+    data = {"name": "digits", "batch": 3, "batches": 4}
+    cluster.submit(specification(model={"family": "mlp"}, data=data))
+    cluster.run(30, until="done")
+    leases = [lease for worker in cluster.workers() for lease in worker.log if lease.kind == "train"]
+    assert sorted(len(lease.examples) for lease in leases) == [4, 12, 12, 12]
+    assert (cluster.written["job"]["unit"], cluster.written["job"]["symbol"]) == ("nats", "image")
 
 
 def test_metrics_are_written_about_once_a_second_while_a_job_runs(cluster: Cluster) -> None:
@@ -354,6 +367,7 @@ def test_job_goes_on_after_the_coordinator_was_killed(cluster: Cluster, state: s
     assert set(trained(cluster.workers()).values()) == {1}
     assert len(trained(cluster.workers())) == 3 * EXAMPLES["train"]
     assert cluster.written["job"]["examples_repeated"] == 0
+    assert cluster.written["job"]["valid"]["metrics"] == {"accuracy": 0.75}
     assert bytes(cluster.model) == MODEL
 
 
@@ -572,9 +586,17 @@ def test_nonsense_in_reports_is_counted_and_kills_neither_coordinator_nor_job(cl
     )
     done = (LeaseDone(2**61), LeaseDone(1, loss_sum=nan))
     report = WorkerReport(
-        job="job", stage="train", steps=1, loss=nan, residual_norm=math.inf, finished_examples=1e308, done=done
+        job="job",
+        stage="train",
+        steps=1,
+        loss=nan,
+        residual_norm=math.inf,
+        finished_examples=1e308,
+        done=done,
+        metrics={"accuracy": nan},
     )
     heartbeat(cluster, "worker-1", report)
+    assert None not in cluster.core.snapshot(cluster.now)["job"]["metrics"].values(), "what is no number is left out"
     assert cluster.core.counts["malformed"] == 1
     assert cluster.core.counts["inconsistent-report"] == 2
     assert cluster.core.counts["unknown-lease"] == 2

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from paramserver.coordinator import submission
 from paramserver.coordinator.submission import check_submission
 from paramserver.job import JobError
 
@@ -22,6 +23,16 @@ def test_path_inside_a_data_root_becomes_absolute(tmp_path: Path) -> None:
     roots = [tmp_path / "a", tmp_path / "b"]
     for path in ("text.txt", tmp_path / "b" / "text.txt"):
         assert check_submission(with_path(path), roots).data["path"] == str(tmp_path / "b" / "text.txt")
+
+
+def test_a_lease_of_too_many_examples_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "name: j\nmodel: {family: mlp}\ndata: {batch: 4096, batches: 256}\n"
+    assert check_submission(text, []).data["batch"] == 4096
+    monkeypatch.setattr(submission, "MAX_LEASE_EXAMPLES", 2**20 - 1)
+    with pytest.raises(
+        JobError, match="data: found 1048576 examples a lease; allowed are 1 to 1048575; change data.batch"
+    ):
+        check_submission(text, [])
 
 
 @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "link/passwd", "a/../../x"])

@@ -100,6 +100,7 @@ def test_lease_is_done_once_and_only_after_its_updates_are_applied(overlap: bool
     assert all(count >= 2 * len(SHAPES) * (index + 1) for index, count in enumerate(applied))
     result = training.source.results[0]
     assert (result.steps, result.elements, result.loss_sum, result.metrics) == (2, 20, 40.0, {"right": 6.0})
+    assert training.rig.counters.metrics == {"right": pytest.approx(0.3)}, "of the last steps, an element"
     assert training.rig.counters.finished_examples == 3.0
     assert training.rig.counters.steps == 6
 
