@@ -45,10 +45,11 @@ def test_the_page_has_every_field_of_a_job_with_its_default() -> None:
 
 
 @pytest.mark.parametrize("part", ["model.args", "data"])
-def test_the_page_has_every_field_of_the_recurrent_family(part: str) -> None:
-    family = families()["recurrent"]
+@pytest.mark.parametrize("name", ["mlp", "recurrent"])
+def test_the_page_has_every_field_of_a_family(name: str, part: str) -> None:
+    family = families()[name]
     schema = family.arguments if part == "model.args" else family.data
-    assert _rows(f"Family `recurrent`: `{part}`") == _fields(schema)
+    assert _rows(f"Family `{name}`: `{part}`") == _fields(schema)
 
 
 def test_every_command_that_a_page_shows_exists() -> None:
