@@ -33,8 +33,8 @@ class Family:
     message where the data is not on this machine.
     `symbol` says for checked arguments what one predicted element is, in a word, and `unit` what its losses are
     told in: bits a character, bits a word, nats an image.
-    `lease_examples` says for checked data how many examples a lease holds; else it is `batch`. A lease costs a
-    message to the coordinator, so where a batch takes a millisecond, a lease should hold several.
+    `lease_examples` says for checked data how many examples a lease holds; else it is `batch`. Every lease
+    is granted and reported, so where a batch takes a millisecond, a lease had better hold several.
     """
 
     name: str

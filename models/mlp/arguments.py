@@ -28,8 +28,8 @@ class MlpData(_Section):
 
     name: Literal["mnist", "digits"] = "mnist"
     batch: Annotated[int, Field(ge=1, le=4096)] = 128  # images of a step
-    # A step takes about a millisecond, so a lease of one would cost more than it brings.
-    batches: Annotated[int, Field(ge=1, le=256)] = 16  # batches of a lease
+    # Of a lease. More are fewer messages to the coordinator, and more to repeat when a worker dies.
+    batches: Annotated[int, Field(ge=1, le=256)] = 16
 
     @property
     def lease_examples(self) -> int:
