@@ -22,6 +22,9 @@ _FLOAT32, _BYTE = np.dtype(np.float32), np.dtype(np.uint8)
 
 def readable(frame: Bytes) -> Bytes:
     """A read-only view: kernels are compiled for read-only frames alone, so that there is one variant of each."""
+    # A frame of a transport is read-only already, and looking is all that a call should cost beside a small block.
+    if _is_read_only(frame, _BYTE):
+        return frame
     _expect(frame, _BYTE, "frame")
     return _read_only(frame)
 
@@ -49,20 +52,31 @@ def expect_float32(array: Float32, name: str, size: int | None = None) -> None:
 
 def input_values(values: Float32) -> Float32:
     """Values to encode, as the one variant that kernels are compiled for: read-only, C-contiguous, aligned."""
+    if _is_read_only(values, _FLOAT32):
+        return values
     _expect(values, _FLOAT32, "values")
     return _read_only(values)
 
 
 def output_frame(frame: Bytes, size: int) -> None:
     """Raise unless the frame is a writable uint8 array of `size` bytes."""
+    if frame.dtype is _BYTE and frame.ndim == 1 and frame.size == size and frame.flags.carray:
+        return
     _expect(frame, _BYTE, "frame")
     if frame.size != size or not frame.flags.writeable:
         state = "writable" if frame.flags.writeable else "read-only"
         raise ValueError(f"frame is {state} and has {frame.size} bytes; it must be writable and have {size}")
 
 
+def _is_read_only(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], dtype: np.dtype[np.generic]) -> bool:
+    """Whether a kernel may get it as it is; False also for what is wrong with it."""
+    if array.dtype is not dtype or array.ndim != 1:
+        return False
+    flags = array.flags
+    return not flags.writeable and flags.c_contiguous and flags.aligned
+
+
 def _read_only(array: _Array) -> _Array:
-    # Frames of a transport are read-only already, and a call should cost little beside a small block.
     if not array.flags.writeable:
         return array
     view = array.view()

@@ -6,14 +6,19 @@ The kernels, and with them numba, are imported with the first frame: a command t
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from paramserver.encoding import frames
-from paramserver.encoding.base import Bytes, Encoding, EncodingError, Float32
+from paramserver.encoding.base import Bytes, Encoding, EncodingError, EncodingOptions, Float32
+
+if TYPE_CHECKING:
+    from paramserver.encoding.compiled import Function
 
 _NO_RESIDUAL = np.empty(0, np.float32)
+MOST_SIZES = 4096  # elements of a block whose frame's size is remembered; a layout has a few
 
 
 class CompiledEncoding(Encoding):
@@ -42,16 +47,18 @@ class CompiledEncoding(Encoding):
         return frames.sized(frame, self.frame_bytes(elements), elements, self.identifier)
 
     def decode(self, frame: Bytes, out: Float32) -> None:
-        from paramserver.encoding import kernels
-
         frames.expect_float32(out, "out")
-        kernels.decode(self.kind, self.tile, self.sized(frame, out.size), out, False)
+        self._decode_kernel(self.kind, self.tile, self.sized(frame, out.size), out, False)
 
     def decode_add(self, frame: Bytes, out: Float32) -> None:
+        frames.expect_float32(out, "out")
+        self._decode_kernel(self.kind, self.tile, self.sized(frame, out.size), out, True)
+
+    @cached_property
+    def _decode_kernel(self) -> Function:
         from paramserver.encoding import kernels
 
-        frames.expect_float32(out, "out")
-        kernels.decode(self.kind, self.tile, self.sized(frame, out.size), out, True)
+        return kernels.decode
 
     def check(self, frame: Bytes, elements: int) -> None:
         self._check(self.sized(frame, elements), elements)
@@ -73,39 +80,62 @@ class TiledEncoding(CompiledEncoding):
     places: ClassVar[int]  # codes a byte
     has_signed_scales: ClassVar[bool] = False
 
+    def __init__(self, options: EncodingOptions) -> None:
+        super().__init__(options)
+        self._identifier = f"{self.name}/{self.tile}"
+        self._sizes: dict[int, int] = {}  # bytes of a frame, by elements
+
     @property
     def identifier(self) -> str:
-        return f"{self.name}/{self.tile}"
+        return self._identifier
 
     def frame_bytes(self, elements: int) -> int:
-        runs, rest = divmod(elements, frames.RUN)
-        codes = runs * -(-frames.RUN // self.places) + -(-rest // self.places)
-        return 2 * self._tiles(elements) + codes
+        size = self._sizes.get(elements)
+        if size is None:
+            runs, rest = divmod(elements, frames.RUN)
+            size = 2 * self._tiles(elements) + runs * -(-frames.RUN // self.places) + -(-rest // self.places)
+            if len(self._sizes) < MOST_SIZES:
+                self._sizes[elements] = size
+        return size
 
     def _tiles(self, elements: int) -> int:
         return -(-elements // self.tile)
 
     def _encode(self, values: Float32, frame: Bytes, residual: Float32 | None, seed: int) -> None:
-        from paramserver.encoding.tiled import kernels
-
-        suffix = "_stochastic" if self.options.rounding == "stochastic" else ""
-        kernel = getattr(kernels, f"encode_{self.name}{suffix}")
-        kernel(self.tile, values, _NO_RESIDUAL if residual is None else residual, frame, seed % 2**63)
+        self._encode_kernel(self.tile, values, _NO_RESIDUAL if residual is None else residual, frame, seed % 2**63)
 
     def encode_delta(self, weights: Float32, published: Float32, frame: Bytes, scratch: Float32) -> int:
-        from paramserver.encoding.tiled import kernels
-
         if self.options.rounding == "stochastic":  # no job publishes so: its errors average out, but are larger
             return super().encode_delta(weights, published, frame, scratch)
-        weights = self._checked_delta(weights, published, frame)
-        getattr(kernels, f"delta_{self.name}")(self.tile, weights, published, frame)
+        self._delta_kernel(self.tile, self._checked_delta(weights, published, frame), published, frame)
         return frame.size
 
     def _check(self, frame: Bytes, elements: int) -> None:
+        if not self._scales_kernel(frame, 0, self._tiles(elements), self.has_signed_scales):
+            raise self._not_finite()
+
+    # Looked up once: a look at a module and a name made of two cost more than a kernel's call.
+
+    @cached_property
+    def _encode_kernel(self) -> Function:
+        from paramserver.encoding.tiled import kernels
+
+        suffix = "_stochastic" if self.options.rounding == "stochastic" else ""
+        kernel: Function = getattr(kernels, f"encode_{self.name}{suffix}")
+        return kernel
+
+    @cached_property
+    def _delta_kernel(self) -> Function:
+        from paramserver.encoding.tiled import kernels
+
+        kernel: Function = getattr(kernels, f"delta_{self.name}")
+        return kernel
+
+    @cached_property
+    def _scales_kernel(self) -> Function:
         from paramserver.encoding.scales import kernels
 
-        if not kernels.are_scales(frame, 0, self._tiles(elements), self.has_signed_scales):
-            raise self._not_finite()
+        return kernels.are_scales
 
 
 def warm_up(encoding: Encoding, of_deltas: bool = False) -> None:
