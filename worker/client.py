@@ -12,7 +12,6 @@ from math import inf
 from typing import Protocol
 
 from paramserver.process import log
-from paramserver.protocol.framing import encode_message
 from paramserver.protocol.messages import (
     BlockValue,
     Held,
@@ -322,10 +321,10 @@ class ShardClient:
         self._silent_since = now if self._silent_since is None else self._silent_since
 
     def _send(self, message: Message, frames: Sequence[Bytes] = ()) -> Sending:
-        views = [frame.data for frame in frames]
-        # The head is counted too; encoding it twice costs microseconds.
-        self._counters.push_bytes += sum(len(part) for part in encode_message(message, views))
-        return self.channel.send(message, views)
+        before = self.channel.sent_bytes
+        sending = self.channel.send(message, [frame.data for frame in frames])
+        self._counters.push_bytes += self.channel.sent_bytes - before
+        return sending
 
     # ---------------------------------------------------------------------- patience
 

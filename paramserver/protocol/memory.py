@@ -300,6 +300,7 @@ class MemoryChannel(_MemoryEndpoint):
     def __init__(self, network: MemoryNetwork, address: str) -> None:
         super().__init__(network, address)
         self._established = 0
+        self.sent_bytes = 0
         self._uplink: _Link | None = None
         self._downlink: _Link | None = None
         self._queue: list[_Queued] = []
@@ -314,7 +315,9 @@ class MemoryChannel(_MemoryEndpoint):
 
     def send(self, message: Message, frames: Sequence[Buffer] = ()) -> Sending:
         """Send, or queue while no listener has the address."""
-        return self.send_buffers(encode_message(message, frames))
+        parts = encode_message(message, frames)
+        self.sent_bytes += sum(map(len, parts))
+        return self.send_buffers(parts)
 
     def send_buffers(self, parts: Sequence[Buffer]) -> Sending:
         """Send raw bytes, as a peer of another make would: to test what a receiver does with them."""

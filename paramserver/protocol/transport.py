@@ -117,6 +117,11 @@ class Channel(Protocol):
     @property
     def reconnections(self) -> int: ...
 
+    @property
+    def sent_bytes(self) -> int:
+        """Of all messages that `send` was given so far, heads included."""
+        ...
+
     def send(self, message: Message, frames: Sequence[Buffer] = ()) -> Sending:
         """Queue a message for the remote; it waits in the queue while the remote is away."""
         ...
