@@ -94,8 +94,7 @@ class Exchange:
         self._term = term
         self._replica = replica
         self._counters = counters
-        # (blocks,): the last sequence pushed
-        self._sequences = np.full(len(replica.layout.blocks), ASKING if is_resumed else 0, np.int64)
+        self._sequences = [ASKING if is_resumed else 0] * len(replica.layout.blocks)  # the last one pushed
         self._guard = guard
         self._clock = clock
         self._pace = Pace(len(replica.layout.blocks))
@@ -252,9 +251,8 @@ class Exchange:
     ) -> Request:
         updates = []
         for block, encoding in zip(blocks, encodings, strict=True):
-            self._sequences[block] += 1
-            edition = int(editions[block])
-            updates.append(BlockUpdate(block, int(self._sequences[block]), max(edition, 0), encoding.identifier))
+            sequence = self._sequences[block] = self._sequences[block] + 1
+            updates.append(BlockUpdate(block, sequence, max(int(editions[block]), 0), encoding.identifier))
         return Request(
             Push(**self._head(step), updates=tuple(updates), wants=wants),
             frames,
@@ -266,7 +264,8 @@ class Exchange:
         return Pull(**self._head(step), wants=self._wants(cut), source=source)
 
     def _wants(self, cut: Sequence[int]) -> tuple[Want, ...]:
-        return tuple([Want(block, int(self._replica.editions[block])) for block in cut])
+        held = self._replica.editions
+        return tuple([Want(block, int(held[block])) for block in cut])
 
     def _head(self, step: int) -> dict[str, Any]:
         return {

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from math import inf
 
-import numpy as np
-
 from paramserver.encoding.adaptive import WireLimit
 from worker.counters import Counters
 
@@ -23,7 +21,7 @@ class Pace:
         self._began: float | None = None  # of the exchange under way
         self._computing_seconds = inf
         self._bytes = 0, 0  # pushed and pulled when it began
-        self._versions = np.zeros(blocks, np.int64)  # after the worker's last update of each block
+        self._versions = [0] * blocks  # after the worker's last update of each block
         self._lag = self._usual_lag = 0.0  # updates of others between two of its own
 
     @property
@@ -52,7 +50,7 @@ class Pace:
 
     def saw_version(self, block: int, version: int) -> None:
         """An update of the block was applied as its `version`."""
-        before = int(self._versions[block])
+        before = self._versions[block]
         self._versions[block] = version
         if before:
             lag = float(max(0, version - before - 1))

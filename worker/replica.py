@@ -179,7 +179,7 @@ class Replica:
             if self._is_on_device[name]:
                 tensors[name] = gradient.detach().to(tensor.device, torch.float32).contiguous().view(-1)
             else:
-                flat[name] = gradient.detach().to("cpu", torch.float32).contiguous().view(-1).numpy()
+                flat[name] = _on_host(gradient)
         return BlockGradients(self.layout, flat, tensors)
 
 
@@ -213,6 +213,17 @@ class BlockGradients:
         """The gradient (elements,) of a block on the device path, on its device. Do not change it."""
         place = self._blocks[block]
         return self._tensors[place.parameter][place.start : place.start + place.elements]
+
+
+def _on_host(gradient: Tensor) -> Float32:
+    """Its elements in C order, flat and read-only: a view where it is contiguous float32 on the CPU."""
+    if gradient.requires_grad:
+        gradient = gradient.detach()
+    if not gradient.is_cpu or gradient.dtype != torch.float32:
+        gradient = gradient.to("cpu", torch.float32)
+    values: Float32 = gradient.numpy().reshape(-1)
+    values.flags.writeable = False  # so that its slices go into kernels as they are
+    return values
 
 
 def why_on_host(encoding: Encoding) -> str | None:

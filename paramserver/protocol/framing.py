@@ -56,6 +56,8 @@ _FRAMES[Initialise] = lambda message: len(message.blocks)
 _FRAMES[Pulled] = lambda message: sum(value.frames for value in message.values)
 _FRAMES[ExportPart] = lambda message: 1
 
+_WANTING = Push, Pull
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyMessage)
 
@@ -133,7 +135,7 @@ def _fault_of_frames(message: Message, frames: int) -> str:
     expected = _FRAMES[type(message)](message)
     if frames != expected:
         return f"found {frames} frames where its fields say {expected}"
-    if isinstance(message, Push | Pull) and len(message.wants) > MAX_FRAMES:
+    if isinstance(message, _WANTING) and len(message.wants) > MAX_FRAMES:
         return f"it wants {len(message.wants)} blocks; allowed are {MAX_FRAMES}"
     return ""
 

@@ -68,6 +68,9 @@ _FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 ).value
 _MONITOR_NAMES = itertools.count()
+# Plain integers: combining pyzmq's flags makes an object each time, which costs as much as queueing a small message.
+_LAST_PART, _MORE_PARTS = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+_POLLIN, _EVENTS = int(zmq.POLLIN), int(zmq.EVENTS)
 _MARK = bytes([MARK])
 
 
@@ -94,11 +97,18 @@ class ZeroMQTransport:
     def wait(self, endpoints: Sequence[Endpoint], timeout_seconds: float) -> list[Endpoint]:
         """Those of this transport's endpoints that have something to receive, in the order given."""
         ours = [cast("_Socket", endpoint) for endpoint in endpoints]
-        ready = {id(sock) for sock, _ in zmq.zmq_poll([(one.socket, zmq.POLLIN) for one in ours], _ms(timeout_seconds))}
-        if not ready:
+        found = zmq.zmq_poll([(one.socket, _POLLIN) for one in ours], _ms(timeout_seconds))
+        if not found:
             for one in ours:
                 one.look_at_monitor()
-        return [end for end, one in zip(endpoints, ours, strict=True) if id(one.socket) in ready]
+            return []
+        sockets_found = {id(sock) for sock, _ in found}
+        ready = []
+        for end, one in zip(endpoints, ours, strict=True):
+            if id(one.socket) in sockets_found:
+                one.is_ready = True
+                ready.append(end)
+        return ready
 
     def close(self) -> None:
         """Close every endpoint; waits at most LINGER_MS for their last messages."""
@@ -117,6 +127,7 @@ class _Socket:
         self._events = events
         self._until_look = MONITOR_EVERY
         self._unreleased: tuple[Ring, int] | None = None  # where the frames of the last message are, and their end
+        self.is_ready = False  # a poll has just seen that something can be received
         self.dropped = 0
         """Messages that were not sent because the peer is gone or its queue is full."""
         self._open()
@@ -126,6 +137,8 @@ class _Socket:
             self.socket: zmq.Socket[bytes] = self._context.socket(self._kind)
         except zmq.ZMQError as error:
             raise TransportError(f"no socket can be opened ({error}); close some, or raise `ulimit -n`") from error
+        # What zmq.Socket.send comes to once it has looked for the options of socket kinds that we do not use.
+        self._put = super(zmq.Socket, self.socket).send
         for option, value in _OPTIONS.items():
             self.socket.setsockopt(option, value)
         self._receive_timeout = -1.0  # what the socket was last told, in seconds
@@ -167,9 +180,9 @@ class _Socket:
 
     def _send_parts(self, first: Buffer, rest: Sequence[Buffer]) -> Sending:
         """Queue all parts or none. The first part decides: zmq takes or refuses a message there."""
-        send = self.socket.send
+        send = self._put
         try:
-            send(first, zmq.SNDMORE | zmq.NOBLOCK if rest else zmq.NOBLOCK)
+            send(first, _MORE_PARTS if rest else _LAST_PART)
         except zmq.ZMQError as error:
             if error.errno in _GONE:
                 self.dropped += 1
@@ -180,7 +193,7 @@ class _Socket:
         left = len(rest)
         for part in rest:
             left -= 1
-            flags = zmq.SNDMORE | zmq.NOBLOCK if left else zmq.NOBLOCK
+            flags = _MORE_PARTS if left else _LAST_PART
             try:
                 if len(part) < ZERO_COPY_BYTES:
                     send(part, flags)
@@ -247,10 +260,11 @@ class _Socket:
         recv = self.socket.recv
         flags = 0
         if timeout_seconds <= 0:
-            # Whoever reads until nothing is left ends here each time, and an exception costs ten times the question.
-            if not cast(int, self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            # Whoever reads until nothing is left ends here each time, and an exception costs more than the question.
+            if not self.is_ready and not cast(int, self.socket.get(_EVENTS)) & _POLLIN:
                 return None
-            flags = zmq.NOBLOCK
+            self.is_ready = False
+            flags = _LAST_PART
         elif timeout_seconds != self._receive_timeout:
             self._receive_timeout = timeout_seconds
             self.socket.setsockopt(zmq.RCVTIMEO, _ms(timeout_seconds))
@@ -266,7 +280,7 @@ class _Socket:
             peer = frame.bytes
             if not frame.more:
                 return peer, [], 0
-            frame = recv(zmq.NOBLOCK, copy=False)
+            frame = recv(_LAST_PART, copy=False)
         parts: list[Buffer] = []
         message_bytes = 0
         while True:
@@ -277,7 +291,7 @@ class _Socket:
                 parts.append(frame.bytes if size < ZERO_COPY_BYTES else frame.buffer.toreadonly())
             if not frame.more:
                 break
-            frame = recv(zmq.NOBLOCK, copy=False)
+            frame = recv(_LAST_PART, copy=False)
         return peer, parts, message_bytes
 
 
