@@ -48,11 +48,11 @@ _HALF, _ONE = np.float32(0.5), np.float32(1)
 
 @inlined
 def _round_part(
-    code_of, digit_of, unit, rounding, is_delta, totals, first, count, digits, place, scale, inverse, random
+    code_of, digit_of, unit, rounding, is_delta, totals, first, count, digits, place, scale, inverse, random, others, at
 ):
     """Digits of totals[first : first + count], all of one tile, to `place` and on; totals keep the rest.
 
-    Of a delta they keep code x scale, by which the published values move.
+    Of a delta it is others[at : at + count], the published values, that move by code x scale.
     """
     counter, key = random
     step = np.float32(scale * unit)
@@ -61,7 +61,10 @@ def _round_part(
         code = code_of(rounding, total, inverse, np.uint32(counter + i), key)
         digits[np.uintp(place + i)] = digit_of(code)
         moved = np.float32(code) * step
-        totals[np.uintp(first + i)] = moved if is_delta else total - moved
+        if is_delta:
+            others[np.uintp(at + i)] += moved
+        else:
+            totals[np.uintp(first + i)] = total - moved
 
 
 @inlined
@@ -92,7 +95,7 @@ def _round_run(
             scale, inverse, of_part = scales[k], inverses[k], (counter + at, key)
             _round_part(
                 code_of, digit_of, unit, rounding, is_delta, totals, first + at, members, digits, place + at, scale,
-                inverse, of_part,
+                inverse, of_part, others, counter + at,
             )  # fmt: skip
 
 
@@ -257,8 +260,6 @@ def _encode_delta(find_scales, code_of, digit_of, unit, places, tile, weights, p
             find_scales, code_of, digit_of, unit, places, nearest, True, tile, weights, published, start, count,
             totals, 0, digits, scales, inverses, frame, position, key,
         )  # fmt: skip
-        for i in range(np.uintp(count)):
-            published[np.uintp(start) + i] += totals[i]
 
 
 @kernel
