@@ -115,6 +115,14 @@ class ShardClient:
         return sum(bool(request.undecided or request.is_unconfirmed) for request in self._requests.values())
 
     @property
+    def in_flight(self) -> int:
+        """Requests that the shard will answer without waiting for anything else: those without a held pull."""
+        return sum(
+            not request.is_held or bool(request.undecided) or request.is_unconfirmed
+            for request in self._requests.values()
+        )
+
+    @property
     def is_settled(self) -> bool:
         return not self._requests
 

@@ -40,7 +40,7 @@ from worker.pace import Pace
 from worker.replica import BlockGradients, Replica
 from worker.request import ASKING, Request
 
-IN_FLIGHT = 8  # undecided messages a shard: enough to hide a round trip, few enough for the shard's memory
+IN_FLIGHT = 8  # unanswered messages a shard: enough to hide a round trip, few enough for the shard's memory
 LONGEST_WAIT_SECONDS = 0.25  # how late a stop or a new order may be seen
 COMPLAIN_SECONDS = 10.0
 
@@ -335,7 +335,7 @@ class Exchange:
     # ------------------------------------------------------------------------ waiting
 
     def _post(self, make: Callable[[ShardClient, Cut], Request | None], bytes_a_second: float | None = None) -> None:
-        """Make and send the request of each message, at most IN_FLIGHT undecided ones a shard.
+        """Make and send the request of each message, at most IN_FLIGHT unanswered ones a shard.
 
         All shards work at once, and none waits for another's room. A held pull is no reason to stop: it may wait
         for the very updates that come after it. The link's speed is the last one seen where none is given.
@@ -346,10 +346,10 @@ class Exchange:
         ]
         while left:
             for client, cuts in left:
-                if client.undecided < IN_FLIGHT and (request := make(client, cuts.popleft())) is not None:
+                if client.in_flight < IN_FLIGHT and (request := make(client, cuts.popleft())) is not None:
                     client.submit(request, self._clock())
             left = [(client, cuts) for client, cuts in left if cuts]
-            self._wait(lambda: not left or any(client.undecided < IN_FLIGHT for client, _ in left))  # noqa: B023
+            self._wait(lambda: not left or any(client.in_flight < IN_FLIGHT for client, _ in left))  # noqa: B023
 
     def _wait(self, is_over: Callable[[], bool], until: float = inf) -> None:
         """Serve answers until it is over. There is always a next deadline: requests are sent again."""
