@@ -13,6 +13,7 @@ from paramserver.protocol.memory import MemoryNetwork
 from paramserver.protocol.messages import (
     Held,
     Hello,
+    Pull,
     Push,
     Pushed,
     Refusal,
@@ -390,6 +391,25 @@ def test_large_step_is_cut_and_every_held_part_is_answered(monkeypatch: pytest.M
     rig.step(seed=1, step=1)
     assert [len(push.updates) for push, _ in rig.shards[0].pushes()[:2]] == [1, 1]
     assert rig.replica.editions.tolist() == [1, 1, 1]
+
+
+def test_pulls_in_flight_are_bounded_whatever_the_model_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard keeps a snapshot of every block that is asked for until it has left: so not all are asked for at once."""
+    monkeypatch.setattr("worker.cutting.CUT_BYTES", 256)
+    monkeypatch.setattr("worker.exchange.IN_FLIGHT", 1)
+    rig = Rig()
+    shard, waited = rig.shards[0], rig.network.now + DEADLINE_SECONDS / 2
+    shard.intercept = lambda received: [] if isinstance(received.message, Pull) else None
+
+    def give_up() -> None:
+        if rig.network.now > waited:
+            raise TimeoutError
+
+    rig.guard = give_up
+    shard.heard.clear()
+    with pytest.raises(TimeoutError):
+        rig.exchange.pull(1)
+    assert [len(message.wants) for message, _ in shard.heard if isinstance(message, Pull)] == [1]  # it holds two blocks
 
 
 def test_buffers_are_used_again_after_an_answer() -> None:
