@@ -185,7 +185,8 @@ class ShardCore:
                 case Pull():
                     serving = self._admit(peer, message)
                     serving.policy.tick(message.worker, message.step)
-                    return [*self._release(serving), *self._answer_pull(serving, peer, message)]
+                    released = self._release(serving)
+                    return [*released, *self._answer_pull(serving, peer, message, self._wanted(serving, peer, message))]
                 case Tick():
                     return self._tick(peer, message)
                 case Hello():
@@ -199,7 +200,7 @@ class ShardCore:
 
     def _push(self, peer: bytes, push: Push, frames: Sequence[memoryview]) -> list[Reply]:
         serving = self._admit(peer, push)
-        self._wanted(serving, peer, push)  # before anything changes: a refused message must change nothing
+        wanted = self._wanted(serving, peer, push)  # before anything changes: a refused message must change nothing
         acknowledged: list[Acknowledged] = []
         refused: list[RefusedUpdate] = []
         for update, frame in zip(push.updates, frames, strict=True):
@@ -212,7 +213,7 @@ class ShardCore:
         serving.policy.tick(push.worker, push.step)
         replies = [Reply(peer, Pushed(request=push.request, acknowledged=tuple(acknowledged), refused=tuple(refused)))]
         if push.wants:
-            replies += self._answer_pull(serving, peer, push)
+            replies += self._answer_pull(serving, peer, push, wanted)
         # After the pusher's own pull: those who waited for this push are more stale already.
         return replies + self._release(serving)
 
@@ -254,9 +255,10 @@ class ShardCore:
         detail = f"block {update.block}: found {update.encoding!r}, this job takes {encoding.identifier} and fp32"
         raise Refused("unknown-encoding", detail)
 
-    def _answer_pull(self, serving: Serving, peer: bytes, request: Pull | Push) -> list[Reply]:
-        """The values that a pull wants, or nothing yet where the policy makes it wait."""
-        blocks = self._wanted(serving, peer, request)
+    def _answer_pull(
+        self, serving: Serving, peer: bytes, request: Pull | Push, blocks: Sequence[HeldBlock]
+    ) -> list[Reply]:
+        """The values of the blocks that a pull wants, or nothing yet where the policy makes it wait."""
         if not serving.policy.may_pull(request.worker, (block.index for block in blocks)):
             serving.parked.setdefault(peer, {})[request.request] = request
             return [Reply(peer, Held(request=request.request))]
@@ -300,7 +302,7 @@ class ShardCore:
         replies: list[Reply] = []
         for peer, parked in list(serving.parked.items()):
             for request in list(parked.values()):
-                answers = self._answer_pull(serving, peer, request)
+                answers = self._answer_pull(serving, peer, request, self._wanted(serving, peer, request))
                 if request.request not in parked:
                     replies += answers
         return replies

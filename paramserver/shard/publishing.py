@@ -260,16 +260,22 @@ class PublishedDeltas(Publishing):
     def _publish(self, block: HeldBlock, replica: PublishedBlock) -> None:
         """Encode what the replica lacks, and take it in exactly as every worker will."""
         encoding = self._encodings[block.index]
+        # The log's own frame, never changed again: the transport may still read it long after it left the log.
+        if isinstance(encoding, Coded):
+            written = self._steps.publish(block.index, block.weights, replica.values, self._room(encoding, block))
+            frame = self._frame[:written].copy()  # it is far shorter than the room for it
+        else:
+            frame = np.empty(encoding.frame_bytes(block.elements), np.uint8)
+            scratch = self._delta[: block.elements]
+            frame = frame[: encoding.encode_delta(block.weights, replica.values, frame, scratch)]
+        replica.append(frame, block.version, log_limit=4 * block.elements)
+
+    def _room(self, encoding: Encoding, block: HeldBlock) -> Bytes:
+        """Scratch for the longest frame of a block."""
         size = encoding.frame_bytes(block.elements)
         if self._frame.size < size:
             self._frame = np.empty(size, np.uint8)
-        frame, scratch = self._frame[:size], self._delta[: block.elements]
-        if isinstance(encoding, Coded):
-            written = self._steps.publish(block.index, block.weights, replica.values, frame)
-        else:
-            written = encoding.encode_delta(block.weights, replica.values, frame, scratch)
-        # The log's own copy, never changed again: the transport may still read it long after it left the log.
-        replica.append(frame[:written].copy(), block.version, log_limit=4 * block.elements)
+        return self._frame[:size]
 
     def value(self, block: HeldBlock, have: int, room: int, pool: BufferPool, memory: FrameMemory | None) -> Value:
         replica = self._replicas[block.index]
