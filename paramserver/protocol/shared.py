@@ -40,7 +40,6 @@ _HEADER_BYTES = 4096
 _ARENA_BYTES = _HEADER_BYTES + 2 * RING_BYTES
 _CLOSED_AT, _TAIL_AT = TOKEN_BYTES, (64, 128)  # header: token, closed flag, the tails on cache lines of their own
 _NAME = "paramserver-frames"
-_NOTHING = np.empty(0, np.uint8)
 _PATH = re.compile(r"/proc/(?P<owner>[0-9]{1,10})/fd/[0-9]{1,10}")
 _DESCRIPTION = struct.Struct(f"<2s{TOKEN_BYTES}sQH")  # mark, token, end, frames
 _FRAME = struct.Struct("<QI")  # position, bytes
@@ -76,9 +75,9 @@ class Ring:
         # the span was written, which orders the two on every machine.
         self._tail = np.frombuffer(data, np.uint64, 1, _TAIL_AT[number])
         # The writer's alone: up to where spans are taken, up to where they were sent, where the ring was last empty,
-        # and the spans that are in use: position by address, oldest first.
+        # and the frames that are in use, by their id: (frame, position), oldest first.
         self._taken = self._sent = self._front = 0
-        self._placed: dict[int, int] = {}
+        self._placed: dict[int, tuple[Bytes, int]] = {}
 
     # ------------------------------------------------------------------- the writer
 
@@ -89,12 +88,13 @@ class Ring:
         if position is None:
             return None
         offset = position % RING_BYTES
-        self._placed[self._address + offset] = position
-        return self._bytes[offset : offset + size]
+        frame = self._bytes[offset : offset + size]
+        self._placed[id(frame)] = frame, position
+        return frame
 
     def free(self, frame: Bytes) -> None:
         """The writer needs a placed frame no more; its reader may still do."""
-        del self._placed[frame.__array_interface__["data"][0]]
+        del self._placed[id(frame)]
 
     def describe(self, frames: Sequence[Buffer]) -> tuple[int, list[tuple[int, int]]] | None:
         """Where the frames are, after copying those that are not placed: (end, [(position, bytes)]).
@@ -105,21 +105,34 @@ class Ring:
         spans: list[tuple[int, int]] = []
         for frame in frames:
             size = len(frame)
-            values = np.frombuffer(frame, np.uint8) if size else _NOTHING
-            position = self._placed.get(values.__array_interface__["data"][0])
+            position = self._position(frame)
             # A span from before the last message that was sent may be released with that one: copied like any other.
             if position is None or position < self._sent:
                 position = self._take(size)
                 if position is None:
                     return None
                 offset = position % RING_BYTES
-                self._bytes[offset : offset + size] = values
+                if size:
+                    self._bytes[offset : offset + size] = np.frombuffer(frame, np.uint8)
             spans.append((position, size))
         return self._taken, spans
 
     def commit(self, end: int) -> None:
         """What was described up to here is on its way."""
         self._sent = end
+
+    def _position(self, frame: Buffer) -> int | None:
+        """Where a frame that was placed, or the beginning of one, lies; None for any other."""
+        if type(frame) is not memoryview or not self._placed:
+            return None
+        found = self._placed.get(id(frame.obj))  # asking an array for its address costs ten times this
+        if found is not None and len(frame) == found[0].size:
+            return found[1]
+        address = np.frombuffer(frame, np.uint8).__array_interface__["data"][0] if len(frame) else 0
+        offset = address - self._address
+        if not 0 <= offset < RING_BYTES:
+            return None
+        return next((at for _, at in self._placed.values() if at % RING_BYTES == offset), None)
 
     def _rewind(self) -> None:
         """Where nothing is in use, begin again at the front, which a small model has still in its cache."""
@@ -129,7 +142,7 @@ class Ring:
     def _take(self, size: int) -> int | None:
         position, tail = self._taken, max(int(self._tail[0]), self._front)
         if self._placed:
-            tail = min(tail, next(iter(self._placed.values())))
+            tail = min(tail, next(iter(self._placed.values()))[1])
         if position % RING_BYTES + size > RING_BYTES:
             position = _round_up(position, RING_BYTES)
         if position + size - tail > RING_BYTES:

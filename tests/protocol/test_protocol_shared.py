@@ -99,6 +99,19 @@ def test_a_reader_gets_what_was_sent_whatever_is_placed_freed_and_released_meanw
     maker.close()
 
 
+def test_any_part_of_a_placed_frame_arrives_as_it_is(pair: Pair) -> None:
+    frame = pair.maker.outgoing.place(1000)
+    assert frame is not None
+    frame[:] = noise(1000)
+    parts = [frame.data, frame[:400].data, frame.data[:300], frame.data[100:], frame[200:].data]
+    described = pair.maker.share(b"head", parts)
+    assert described is not None
+    _, [_, *read] = pair.mapper.read(described[1])
+    assert [bytes(part) for part in read] == [bytes(part) for part in parts]
+    # The whole and its beginnings lie where they were placed; only the two others were copied.
+    assert described[0] == 64 * (-(-1000 // 64) + -(-900 // 64) + -(-800 // 64))
+
+
 def test_an_empty_ring_begins_again_at_its_front(pair: Pair) -> None:
     addresses = set()
     for _ in range(3):
