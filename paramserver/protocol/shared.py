@@ -1,9 +1,9 @@
-"""Frames through memory that two processes of one machine share; the heads still go through the socket.
+"""Frames through memory that two processes of one machine share; the heads ring a doorbell (see doorbell.py).
 
-The connected side makes an *arena*, two rings of RING_BYTES, and offers it; the bound side maps it where it
-can. A sender writes its frames into the ring, the receiver reads them there and then moves the ring's tail,
-which frees the space. What does not fit goes through the socket. Nothing is retried or remembered here, so
-a message is lost, repeated or ordered exactly as its head is.
+The connected side makes an *arena*, two rings of RING_BYTES with a doorbell, and offers it; the bound side maps it
+where it can. A sender writes its frames into the ring, the receiver reads them there and then moves the ring's tail,
+which frees the space. What does not fit goes through the socket, head and frames. Nothing is retried or remembered
+here. Messages of one arena arrive in order, and so do those of one socket, but either may overtake the other.
 
 An arena is a sealed anonymous file (Linux: memfd) that the other process opens through /proc. It can do so
 on the same machine, as the same user, in the same container; elsewhere the offer is declined. The seals keep
@@ -27,11 +27,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from paramserver.process import log
+from paramserver.protocol.doorbell import Door, Doorbell, DoorError, call
 from paramserver.protocol.transport import MAX_MESSAGE_BYTES, Buffer, Bytes, Peer
 
 RING_BYTES = 8 * 2**20  # one way; a worker has at most so much on its way to a shard, or back
-SHARE_BYTES = 4 * 2**10  # messages whose frames have fewer bytes together go through the socket
-OFFER_BYTES = 64 * 2**10  # the first message of so many bytes makes a channel offer an arena
+OFFER_BYTES = 4 * 2**10  # the first message of so many bytes makes a channel offer an arena
 MAX_ARENAS = 256  # mapped by one listener
 TOKEN_BYTES = 16
 
@@ -171,6 +171,8 @@ class Arena:
     def __init__(self, descriptor: int, owner: int, writes: int) -> None:
         self._data = mmap.mmap(descriptor, _ARENA_BYTES)
         self._descriptor = -1
+        self._door: Door | None = None
+        self.bell: Doorbell | None = None  # rung for each message; None until the other end has answered
         self.owner = owner
         self.outgoing = Ring(self._data, writes)
         self.incoming = Ring(self._data, 1 - writes)
@@ -196,6 +198,22 @@ class Arena:
         """Tell the other end that nothing comes any more. The memory goes when nobody maps it."""
         self._data[_CLOSED_AT] = 1
         self.forget_file()
+        self.silence()
+
+    def silence(self) -> None:
+        """Ring and hear no more."""
+        if self.bell is not None:
+            self.bell.close()
+
+    def answer(self) -> None:
+        """The maker's: take the other end's call. Raises SharingError where there is none."""
+        assert self._door is not None  # an arena is offered and accepted once
+        try:
+            self.bell = self._door.answer()
+        except DoorError as error:
+            raise SharingError(str(error)) from error
+        finally:
+            self.forget_file()
 
     # ------------------------------------------------------------ the maker's file
 
@@ -204,10 +222,13 @@ class Arena:
         return OFFER + self.token + f"/proc/{self.owner}/fd/{self._descriptor}".encode()
 
     def forget_file(self) -> None:
-        """Close the maker's descriptor: whoever should map the file has done so."""
+        """Close the maker's descriptor and door: whoever should map the file has done so."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+        if self._door is not None:
+            self._door.close()
+            self._door = None
 
     # ------------------------------------------------------------------- messages
 
@@ -247,10 +268,11 @@ def make_arena() -> Arena:
         os.ftruncate(descriptor, _ARENA_BYTES)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
         arena = Arena(descriptor, os.getpid(), writes=0)
-    except OSError as error:
+        arena._data[:TOKEN_BYTES] = os.urandom(TOKEN_BYTES)
+        arena._door = Door(arena.token)
+    except (OSError, DoorError) as error:
         os.close(descriptor)
         raise SharingError(f"no memory to share: {error}") from error
-    arena._data[:TOKEN_BYTES] = os.urandom(TOKEN_BYTES)
     arena._descriptor = descriptor
     return arena
 
@@ -280,6 +302,10 @@ def map_arena(offer: bytes) -> Arena:
             raise SharingError(f"{match[0]} cannot be mapped: {error}") from error
     if len(token) != TOKEN_BYTES or arena.token != token:
         raise SharingError(f"{match[0]} is another arena than the one offered")
+    try:
+        arena.bell = call(token)
+    except DoorError as error:
+        raise SharingError(str(error)) from error
     return arena
 
 
@@ -293,8 +319,15 @@ class Offering:
 
     @property
     def arena(self) -> Arena | None:
-        """What frames may go through now."""
-        return self._arena if self._is_accepted else None
+        """What messages may go through now."""
+        if not self._is_accepted or self._arena is None:
+            return None
+        if self._arena.bell is None or self._arena.bell.is_closed:
+            # The other end is gone. Whatever comes in its place is offered a fresh one.
+            self._may_offer = True
+            self.abandon()
+            return None
+        return self._arena
 
     def due(self, frame_bytes: int) -> bytes | None:
         """The part that should be sent before a message whose frames have so many bytes."""
@@ -310,15 +343,18 @@ class Offering:
 
     def hear(self, part: bytes) -> None:
         """Take the other end's answer; what is no answer to our last offer changes nothing."""
-        if self._arena is None or part[len(ACCEPT) :] != self._arena.token:
+        if self._arena is None or self._is_accepted or part[len(ACCEPT) :] != self._arena.token:
             return
         if part.startswith(ACCEPT):
-            self._is_accepted = True
-            self._arena.forget_file()
+            try:
+                self._arena.answer()
+                self._is_accepted = True
+            except SharingError as error:
+                self._may_offer = False
+                log("memory-not-shared", level="warning", reason=error)
+                self.abandon()
         elif part.startswith(DECLINE):
-            # An end that has accepted it before knows us by a new connection now: offer a fresh one. The old one
-            # may still be read from, so it is not used again.
-            self._may_offer = self._is_accepted
+            self._may_offer = False
             self.abandon()
 
     def abandon(self) -> None:
@@ -335,9 +371,18 @@ class Mapping:
     def __init__(self) -> None:
         self._arenas: dict[Peer, Arena] = {}
         self._accepts = is_enabled()
+        self.bells: dict[int, tuple[Peer, Doorbell]] = {}
+        """By descriptor: whom to hear."""
 
     def of(self, peer: Peer) -> Arena | None:
         return self._arenas.get(peer)
+
+    def forget(self, peer: Peer) -> None:
+        """Hear and write to this peer's arena no more; nothing happens where it has none."""
+        arena = self._arenas.pop(peer, None)
+        if arena is not None and arena.bell is not None:
+            self.bells.pop(arena.bell.fileno(), None)
+            arena.silence()
 
     def answer(self, peer: Peer, offer: bytes) -> bytes:
         """Map what a peer offers, or decline: the answer to send."""
@@ -346,15 +391,23 @@ class Mapping:
         if not self._accepts or len(self._arenas) >= MAX_ARENAS:
             return DECLINE + token
         try:
-            self._arenas[peer] = map_arena(offer)
+            arena = map_arena(offer)
         except SharingError:
             return DECLINE + token  # another machine, user or container: what the socket is for
+        assert arena.bell is not None  # mapping it has connected to its door
+        self.forget(peer)
+        self._arenas[peer] = arena
+        self.bells[arena.bell.fileno()] = peer, arena.bell
         return ACCEPT + token
 
     def sweep(self) -> None:
         """Forget the arenas that nobody writes into any more."""
         for peer in [peer for peer, arena in self._arenas.items() if arena.is_abandoned]:
-            del self._arenas[peer]
+            self.forget(peer)
+
+    def close(self) -> None:
+        for peer in list(self._arenas):
+            self.forget(peer)
 
 
 def _round_up(position: int, unit: int) -> int:

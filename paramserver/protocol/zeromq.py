@@ -2,7 +2,7 @@
 
 Synchronous and polled, one I/O thread, no thread of its own. Frames from ZERO_COPY_BYTES up leave and
 arrive without a copy; smaller ones are copied, which is cheaper than tracking them. Between processes of one
-machine frames go through shared memory where both ends can (see shared.py).
+machine messages go past the socket, through shared memory, where both ends can (see shared.py).
 
 Bounds. libzmq refuses a frame above MAX_MESSAGE_BYTES before it takes memory for it, and stops reading a
 connection whose queue is full. It does not bound how many frames one message has: those past the bound
@@ -17,21 +17,20 @@ import math
 import re
 import socket as sockets
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from typing import cast
 
 import zmq
 
+from paramserver.protocol.doorbell import Doorbell
 from paramserver.protocol.framing import MAX_FRAMES, FramingError, decode_message, encode_message
 from paramserver.protocol.messages import Message
 from paramserver.protocol.shared import (
-    DECLINE,
     MARK,
     OFFER,
     PROBE,
-    SHARE_BYTES,
     SHARED,
-    TOKEN_BYTES,
     Arena,
     Mapping,
     Offering,
@@ -60,6 +59,7 @@ RECONNECT_MS, RECONNECT_MAX_MS = 50, 1000
 KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_PROBES = 10, 5, 3
 MAX_SOCKETS = 4096
 MONITOR_EVERY = 1024  # receives between two looks at the monitor of a socket that is never idle
+SOCKET_EVERY = 8  # messages from doorbells between two looks at the socket beside them
 MAX_WAIT_SECONDS = 86_400.0
 
 _ADDRESS = re.compile(r"tcp://(?P<host>\*|[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?):(?P<port>[0-9]{1,5})")
@@ -97,18 +97,12 @@ class ZeroMQTransport:
     def wait(self, endpoints: Sequence[Endpoint], timeout_seconds: float) -> list[Endpoint]:
         """Those of this transport's endpoints that have something to receive, in the order given."""
         ours = [cast("_Socket", endpoint) for endpoint in endpoints]
-        found = zmq.zmq_poll([(one.socket, _POLLIN) for one in ours], _ms(timeout_seconds))
-        if not found:
+        ready = _poll(ours, timeout_seconds)
+        if not ready:
             for one in ours:
                 one.look_at_monitor()
             return []
-        sockets_found = {id(sock) for sock, _ in found}
-        ready = []
-        for end, one in zip(endpoints, ours, strict=True):
-            if id(one.socket) in sockets_found:
-                one.is_ready = True
-                ready.append(end)
-        return ready
+        return [end for end, one in zip(endpoints, ours, strict=True) if one.is_among(ready)]
 
     def close(self) -> None:
         """Close every endpoint; waits at most LINGER_MS for their last messages."""
@@ -128,6 +122,9 @@ class _Socket:
         self._until_look = MONITOR_EVERY
         self._unreleased: tuple[Ring, int] | None = None  # where the frames of the last message are, and their end
         self.is_ready = False  # a poll has just seen that something can be received
+        self.bells: dict[int, tuple[Peer, Doorbell]] = {}  # by descriptor: those that share memory with us
+        self._ringing: list[int] | None = None  # bells that may have something; None: nobody has looked
+        self._until_socket = SOCKET_EVERY
         self.dropped = 0
         """Messages that were not sent because the peer is gone or its queue is full."""
         self._open()
@@ -209,16 +206,13 @@ class _Socket:
             return SENT
         return trackers[0] if len(trackers) == 1 else zmq.MessageTracker(*trackers)
 
-    def _send_shared(self, arena: Arena, peer: Peer | None, head: Buffer, frames: Sequence[Buffer]) -> bool:
-        """Send a message whose frames go through shared memory; False where they do not fit in there now."""
+    @staticmethod
+    def _send_shared(arena: Arena, head: Buffer, frames: Sequence[Buffer]) -> bool:
+        """Send a message past the socket; False where it does not fit in there now."""
         shared = arena.share(head, frames)
-        if shared is None:
+        if shared is None or arena.bell is None or not arena.bell.ring(shared[1]):
             return False
-        end, part = shared
-        dropped = self.dropped
-        self._send_parts(*((part, ()) if peer is None else (peer, (part,))))
-        if self.dropped == dropped:
-            arena.outgoing.commit(end)
+        arena.outgoing.commit(shared[0])
         return True
 
     def _receive(self, timeout_seconds: float, has_peer: bool) -> Received | Malformed | None:
@@ -229,7 +223,7 @@ class _Socket:
         self._until_look -= 1
         if self._until_look <= 0:
             self.look_at_monitor()
-        while (got := self._receive_parts(timeout_seconds, has_peer)) is not None:
+        while (got := self._next_parts(timeout_seconds, has_peer)) is not None:
             peer, parts, message_bytes = got
             try:
                 if len(parts) == 1 and parts[0][:1] == _MARK:
@@ -254,6 +248,49 @@ class _Socket:
         end, parts = arena.read(part)
         self._unreleased = arena.incoming, end
         return parts
+
+    def is_among(self, ready: set[int]) -> bool:
+        """Whether one of these descriptors, or sockets by their id, is ours; it is read next then."""
+        self._ringing = [descriptor for descriptor in self.bells if descriptor in ready]
+        self.is_ready = id(self.socket) in ready
+        return bool(self._ringing) or self.is_ready
+
+    def _next_parts(self, timeout_seconds: float, has_peer: bool) -> tuple[Peer, list[Buffer], int] | None:
+        """The same as `_receive_parts`, of the doorbells and the socket together."""
+        if not self.bells:
+            return self._receive_parts(timeout_seconds, has_peer)
+        give_up_at = time.monotonic() + timeout_seconds
+        while True:
+            self._until_socket -= 1
+            if self._until_socket > 0 and (heard := self._hear()) is not None:
+                return heard
+            self._until_socket = SOCKET_EVERY  # bells that never stop may not keep the socket waiting
+            got = self._receive_parts(0, has_peer) or self._hear()
+            left = give_up_at - time.monotonic() if timeout_seconds > 0 else 0.0
+            if got is not None or left <= 0:
+                return got
+            self.is_among(_poll([self], left))
+
+    def _hear(self) -> tuple[Peer, list[Buffer], int] | None:
+        """What a doorbell brings, the bells in turn; None where none of them has anything."""
+        if self._ringing is None:
+            self._ringing = list(self.bells)
+        while self._ringing:
+            descriptor = self._ringing.pop()
+            if descriptor not in self.bells:
+                continue
+            peer, bell = self.bells[descriptor]
+            if (packet := bell.hear()) is not None:
+                self._ringing.insert(0, descriptor)
+                return peer, [packet], len(packet)
+            if bell.is_closed:
+                self._on_silence(peer)
+        self._ringing = None
+        return None
+
+    def _on_silence(self, peer: Peer) -> None:
+        """The other end of this bell is gone."""
+        raise NotImplementedError
 
     def _receive_parts(self, timeout_seconds: float, has_peer: bool) -> tuple[Peer, list[Buffer], int] | None:
         """(peer, parts, bytes) of the next message, None when the time is over; no parts for an empty message."""
@@ -304,9 +341,10 @@ class ZeroMQListener(_Socket):
         self._handshaking: dict[int, None] = {}  # descriptors of connections that are not yet accepted as peers
         self._failures = 0
         self._announced = False  # the next connection that ends has been counted as a failure
-        self._mapping = Mapping()
         events = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
         super().__init__(context, zmq.ROUTER, events)
+        self._mapping = Mapping()
+        self.bells = self._mapping.bells
         # A peer that is gone is an error at once, instead of a message that silently goes nowhere.
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
@@ -330,11 +368,9 @@ class ZeroMQListener(_Socket):
     def send(self, peer: Peer, message: Message, frames: Sequence[Buffer] = ()) -> Sending:
         """Queue a message for a peer; one that is gone, or whose queue is full, is dropped and counted."""
         head, *rest = encode_message(message, frames)
-        if rest:
-            arena = self._mapping.of(peer)
-            is_large = sum(map(len, rest)) >= SHARE_BYTES
-            if arena is not None and is_large and self._send_shared(arena, peer, head, rest):
-                return SENT
+        arena = self._mapping.of(peer)
+        if arena is not None and self._send_shared(arena, head, rest):
+            return SENT
         return self._send_parts(peer, [head, *rest])
 
     def memory(self, peer: Peer) -> FrameMemory | None:
@@ -344,6 +380,8 @@ class ZeroMQListener(_Socket):
 
     def is_there(self, peer: Peer) -> bool:
         """Whether the connection still exists; a socket tells that only to who sends."""
+        if self._mapping.of(peer) is not None:
+            return True  # until its bell is closed, which is heard
         try:
             self.socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
             self.socket.send(PROBE, zmq.NOBLOCK)
@@ -361,14 +399,20 @@ class ZeroMQListener(_Socket):
             raise SharingError("nothing that the transport says to itself")
         arena = self._mapping.of(peer)
         if arena is None:
-            # The peer has reconnected and does not know it. Its message is lost with its old connection.
-            self._send_parts(peer, [DECLINE + part[len(SHARED) : len(SHARED) + TOKEN_BYTES]])
-            return None
+            raise SharingError("shared frames of a connection that shares no memory")
         return self._read_shared(arena, part)
 
     def receive(self, timeout_seconds: float) -> Received | Malformed | None:
         """The next message, or None when the time is over; 0 does not block."""
         return self._receive(timeout_seconds, has_peer=True)
+
+    def close(self) -> None:
+        """Close; what is still queued has LINGER_MS to leave. Closing twice is allowed."""
+        super().close()
+        self._mapping.close()
+
+    def _on_silence(self, peer: Peer) -> None:
+        self._mapping.forget(peer)
 
     def _on_event(self, event: int, value: int) -> None:
         # libzmq names the connection (its descriptor) only when it begins and ends. So a success is credited
@@ -426,13 +470,11 @@ class ZeroMQChannel(_Socket):
         head, *rest = encode_message(message, frames)
         frame_bytes = sum(map(len, rest))
         self.sent_bytes += len(head) + frame_bytes
-        if rest:
-            offer = self._offering.due(frame_bytes)
-            if offer is not None:
-                self._send_parts(offer, ())
-            arena = self._offering.arena
-            if arena is not None and frame_bytes >= SHARE_BYTES and self._send_shared(arena, None, head, rest):
-                return SENT
+        arena = self._offering.arena
+        if arena is not None and self._send_shared(arena, head, rest):
+            return SENT
+        if (offer := self._offering.due(frame_bytes)) is not None:
+            self._send_parts(offer, ())
         return self._send_parts(head, rest)
 
     def memory(self) -> FrameMemory | None:
@@ -445,7 +487,16 @@ class ZeroMQChannel(_Socket):
         if part.startswith(SHARED) and arena is not None:
             return self._read_shared(arena, part)
         self._offering.hear(part)
+        self._follow_bell()
         return None
+
+    def _on_silence(self, peer: Peer) -> None:
+        self._follow_bell()
+
+    def _follow_bell(self) -> None:
+        """Listen to the arena that is offered and accepted now, if any."""
+        arena = self._offering.arena
+        self.bells = {} if arena is None or arena.bell is None else {arena.bell.fileno(): (b"", arena.bell)}
 
     def receive(self, timeout_seconds: float) -> Received | Malformed | None:
         """The next message, or None when the time is over; 0 does not block."""
@@ -454,14 +505,18 @@ class ZeroMQChannel(_Socket):
     def close(self) -> None:
         """Close; what is still queued has LINGER_MS to leave. Closing twice is allowed."""
         super().close()
-        self._offering.abandon()
+        self._abandon()
 
     def reset(self) -> None:
         """Drop the connection with everything queued in it and connect afresh, as a new Peer."""
         self._close(0)
-        self._offering.abandon()
+        self._abandon()
         self._open()
         self._connect()
+
+    def _abandon(self) -> None:
+        self._offering.abandon()
+        self._follow_bell()
 
     def _connect(self) -> None:
         try:
@@ -487,6 +542,15 @@ _OPTIONS: dict[int, int] = {
     zmq.TCP_KEEPALIVE_INTVL: KEEPALIVE_INTERVAL_SECONDS,
     zmq.TCP_KEEPALIVE_CNT: KEEPALIVE_PROBES,
 }
+
+
+def _poll(ours: Sequence[_Socket], timeout_seconds: float) -> set[int]:
+    """What has something: the ids of sockets, the descriptors of bells."""
+    watched: list[tuple[zmq.Socket[bytes] | int, int]] = []
+    for one in ours:
+        watched.append((one.socket, _POLLIN))
+        watched += [(descriptor, _POLLIN) for descriptor in one.bells]
+    return {ready if isinstance(ready, int) else id(ready) for ready, _ in zmq.zmq_poll(watched, _ms(timeout_seconds))}
 
 
 def _ms(timeout_seconds: float) -> int:

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ from hypothesis import strategies as st
 
 from paramserver.protocol import shared
 from paramserver.protocol.buffers import BufferPool
-from paramserver.protocol.messages import Initialise, Initialised
+from paramserver.protocol.doorbell import MAX_PACKET_BYTES, Door, DoorError, call
+from paramserver.protocol.messages import Initialise, Initialised, Pushed, RefusedUpdate
 from paramserver.protocol.shared import (
     ACCEPT,
     DECLINE,
@@ -53,6 +56,7 @@ def pair() -> Iterator[Pair]:
     maker = make_arena()
     mapper = map_arena(maker.offer())
     yield Pair(maker, mapper)
+    mapper.silence()
     maker.close()
 
 
@@ -96,6 +100,7 @@ def test_a_reader_gets_what_was_sent_whatever_is_placed_freed_and_released_meanw
             mapper.incoming.release(end)
         for frame, content in placed:
             assert np.array_equal(frame, content), "a frame that is still needed was overwritten"
+    mapper.silence()
     maker.close()
 
 
@@ -206,6 +211,42 @@ def test_only_a_sealed_file_made_for_it_is_mapped(pair: Pair) -> None:
         map_arena(OFFER + bytes(TOKEN_BYTES) + path)
 
 
+def test_a_door_opens_once_and_to_our_own_user_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    token = os.urandom(TOKEN_BYTES)
+    with pytest.raises(DoorError, match="no door"):
+        call(token)
+    door = Door(token)
+    with pytest.raises(DoorError, match="can be opened"):
+        Door(token)
+    with pytest.raises(DoorError, match="nobody"):
+        door.answer()
+    stranger = call(token)
+    with monkeypatch.context() as other:
+        other.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        with pytest.raises(DoorError, match="another user"):
+            call(token)
+        with pytest.raises(DoorError, match="nobody"):
+            door.answer()
+    assert not stranger.ring(b"x")
+    assert stranger.is_closed
+    ours = call(token)
+    bell = door.answer()
+    assert ours.ring(b"x" * MAX_PACKET_BYTES)
+    assert not ours.ring(b"x" * (MAX_PACKET_BYTES + 1))
+    assert bell.hear() == b"x" * MAX_PACKET_BYTES
+    assert bell.hear() is None
+    assert not bell.is_closed
+    rung = 0
+    while ours.ring(b"y"):
+        rung += 1
+    ours.close()
+    assert [bell.hear() for _ in range(rung)] == [b"y"] * rung, "what was sent before the end is heard"
+    assert bell.hear() is None
+    assert bell.is_closed
+    for end in (stranger, bell, door):
+        end.close()
+
+
 def test_an_arena_whose_maker_is_gone_is_forgotten() -> None:
     program = (
         "import sys; from paramserver.protocol.shared import make_arena; arena = make_arena();"
@@ -284,14 +325,78 @@ def test_messages_go_through_memory_both_ways_and_count_their_frames(
     assert np.array_equal(np.frombuffer(receive(channel).frames[0], np.uint8), frame[::-1])
 
 
-def test_what_has_no_room_goes_through_the_socket_in_order(listener: ZeroMQListener, channel: ZeroMQChannel) -> None:
+def test_what_has_no_room_goes_through_the_socket_and_arrives_once(
+    listener: ZeroMQListener, channel: ZeroMQChannel
+) -> None:
     shake_hands(listener, channel)
     count = 3 * RING_BYTES // 2**20
     for number in range(count):
         channel.send(ONE, [np.full(2**20, number, np.uint8).data])
-    for number in range(count):
+    arrived = []
+    for _ in range(count):
         frame = np.frombuffer(receive(listener).frames[0], np.uint8)
-        assert (frame == number).all()
+        assert (frame == frame[0]).all()
+        arrived.append(int(frame[0]))
+    assert sorted(arrived) == list(range(count))
+    in_memory = RING_BYTES // 2**20
+    assert [number for number in arrived if number < in_memory] == list(range(in_memory)), "in order each way"
+    assert [number for number in arrived if number >= in_memory] == list(range(in_memory, count))
+
+
+def test_a_head_that_is_larger_than_a_packet_goes_through_the_socket(
+    listener: ZeroMQListener, channel: ZeroMQChannel
+) -> None:
+    peer = shake_hands(listener, channel)
+    refused = RefusedUpdate(0, 1, "malformed", "x" * 4096)
+    long = Pushed(request=1, acknowledged=(), refused=(refused,) * (MAX_PACKET_BYTES // 4096 + 1))
+    for _ in range(3):
+        channel.send(long)
+        assert receive(listener).message == long
+        listener.send(peer, long)
+        assert receive(channel).message == long
+
+
+def test_heads_alone_ring_the_doorbell_and_many_bells_are_heard_in_turn(
+    transport: ZeroMQTransport, listener: ZeroMQListener
+) -> None:
+    channels = [transport.connect(listener.address) for _ in range(3)]
+    peers = [shake_hands(listener, channel) for channel in channels]
+    for channel in channels:
+        for request in range(4):
+            channel.send(Initialised(request=request))
+    assert transport.wait([listener], DEADLINE_SECONDS) == [listener]
+    heard = [receive(listener) for _ in range(12)]
+    for peer in peers:
+        assert [one.message for one in heard if one.peer == peer] == [Initialised(request=n) for n in range(4)]
+    assert len({one.peer for one in heard[:3]}) == 3, "no bell waits for another to fall silent"
+    assert listener.receive(0) is None
+
+
+def test_bells_that_never_stop_do_not_keep_the_socket_waiting(
+    transport: ZeroMQTransport, listener: ZeroMQListener, channel: ZeroMQChannel
+) -> None:
+    shake_hands(listener, channel)
+    other = transport.connect(listener.address)
+    other.send(Initialised(request=77))
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while time.monotonic() < deadline:
+        for request in range(2):  # never silent
+            channel.send(Initialised(request=request))
+        received = listener.receive(0)
+        assert isinstance(received, Received)
+        if received.message == Initialised(request=77):
+            return
+    pytest.fail("the message through the socket was never heard")
+
+
+def test_a_bell_wakes_a_waiting_endpoint(listener: ZeroMQListener, channel: ZeroMQChannel) -> None:
+    peer = shake_hands(listener, channel)
+    timer = threading.Timer(0.1, lambda: listener.send(peer, Initialised(request=5)))
+    timer.start()
+    started = time.monotonic()
+    assert receive(channel).message == Initialised(request=5)
+    assert time.monotonic() - started < DEADLINE_SECONDS / 2
+    timer.join()
 
 
 def test_a_reset_channel_offers_a_fresh_arena(listener: ZeroMQListener, channel: ZeroMQChannel) -> None:
@@ -301,15 +406,18 @@ def test_a_reset_channel_offers_a_fresh_arena(listener: ZeroMQListener, channel:
     assert shake_hands(listener, channel) != before
 
 
-def test_a_peer_that_reconnected_unnoticed_is_told_and_offers_again(
-    transport: ZeroMQTransport, listener: ZeroMQListener, channel: ZeroMQChannel
+@pytest.mark.parametrize("is_heard", [True, False])
+def test_a_listener_that_has_let_go_of_an_arena_is_offered_a_fresh_one_and_nothing_is_lost(
+    listener: ZeroMQListener, channel: ZeroMQChannel, is_heard: bool
 ) -> None:
     peer = shake_hands(listener, channel)
-    listener._mapping._arenas.pop(peer)  # what the listener knows of a connection that it has never seen
-    channel.send(ONE, [noise(2**20).data])
-    assert listener.receive(0.5) is None, "the message is lost, as with a connection"
-    assert channel.receive(0.5) is None
-    assert channel.memory() is None
+    listener._mapping.forget(peer)
+    assert listener.memory(peer) is None
+    if is_heard:
+        assert channel.receive(0) is None
+    for seed in range(2):
+        channel.send(ONE, [noise(2**20, seed).data])
+        assert np.array_equal(np.frombuffer(receive(listener).frames[0], np.uint8), noise(2**20, seed))
     shake_hands(listener, channel)
 
 

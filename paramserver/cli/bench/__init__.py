@@ -121,7 +121,6 @@ def bench_wire(
     """Time messages between two processes of this machine, through sockets and through shared memory."""
     from paramserver.cli.bench import wire
     from paramserver.cli.bench.report import median, show, spread
-    from paramserver.protocol.shared import SHARE_BYTES
     from paramserver.protocol.transport import MAX_MESSAGE_BYTES
 
     largest = MAX_MESSAGE_BYTES - 4096  # what is left is for the head
@@ -135,7 +134,7 @@ def bench_wire(
     facts: list[dict[str, object]] = []
     for frame_bytes in wanted:
         for depth in depths:
-            for way in wire.MEMORY_WAYS[: 1 if sockets_only or frame_bytes < SHARE_BYTES else None]:
+            for way in wire.MEMORY_WAYS[: 1 if sockets_only else None]:
                 setting = wire.WireSetting(frame_bytes, depth, seconds, way == wire.MEMORY_WAYS[1])
                 rates = [_measured(lambda setting=setting: wire.measure(setting)) for _ in range(rounds)]  # type: ignore[misc]
                 trips = [rate.round_trips_per_second for rate in rates]
