@@ -191,9 +191,9 @@ class ShardClient:
             return
         match received.message:
             case Pushed() as pushed:
-                self._on_pushed(pushed, now)
+                self._on_pushed(pushed, received.frames, now)
             case Pulled() as pulled:
-                self._on_pulled(pulled, received.frames, now)
+                self._on_pulled(pulled.request, pulled.values, received.frames, now)
             case Held(request=number):
                 if (request := self._requests.get(number)) is not None:
                     request.is_held = True
@@ -220,7 +220,7 @@ class ShardClient:
                 self._counters.retries += 1
             self._transmit(request, now)
 
-    def _on_pushed(self, pushed: Pushed, now: float) -> None:
+    def _on_pushed(self, pushed: Pushed, frames: tuple[memoryview, ...], now: float) -> None:
         request = self._requests.get(pushed.request)
         if request is None or not isinstance(request.message, Push):
             return
@@ -234,7 +234,10 @@ class ShardClient:
             position = request.undecided.get(refusal.block)
             if position is not None and updates[position].sequence == refusal.sequence:
                 self._on_refused_update(request, position, refusal, now)
-        self._finish_if_complete(request)
+        if pushed.values:
+            self._on_pulled(pushed.request, pushed.values, frames, now)
+        else:
+            self._finish_if_complete(request)
 
     def _on_refused_update(self, request: Request, position: int, why: RefusedUpdate, now: float) -> None:
         self._counters.refusals[why.code] += 1
@@ -261,12 +264,12 @@ class ShardClient:
         log("update-refused", level="warning", shard=self.shard, block=why.block, code=why.code, detail=why.detail)
         self._sink.refused_update(request, position, why)
 
-    def _on_pulled(self, pulled: Pulled, frames: tuple[memoryview, ...], now: float) -> None:
-        request = self._requests.get(pulled.request)
+    def _on_pulled(self, number: int, values: Sequence[BlockValue], frames: tuple[memoryview, ...], now: float) -> None:
+        request = self._requests.get(number)
         if request is None:
             return
         position = 0
-        for value in pulled.values:
+        for value in values:
             own = frames[position : position + value.frames]
             position += value.frames
             if value.block in request.awaited and self._sink.value(value, own):

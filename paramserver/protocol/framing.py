@@ -25,6 +25,7 @@ from paramserver.protocol.messages import (
     Pull,
     Pulled,
     Push,
+    Pushed,
 )
 from paramserver.protocol.transport import MAX_MESSAGE_BYTES, Buffer
 
@@ -53,7 +54,7 @@ class UnsendableError(ValueError):
 _FRAMES: dict[type[Message], Callable[[Any], int]] = {kind: lambda message: 0 for kind in MESSAGE_TYPES}
 _FRAMES[Push] = lambda message: len(message.updates)
 _FRAMES[Initialise] = lambda message: len(message.blocks)
-_FRAMES[Pulled] = lambda message: sum(value.frames for value in message.values)
+_FRAMES[Pulled] = _FRAMES[Pushed] = lambda message: sum([value.frames for value in message.values])
 _FRAMES[ExportPart] = lambda message: 1
 
 _WANTING = Push, Pull

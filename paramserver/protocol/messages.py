@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 
 from paramserver.protocol.layout import Layout
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Text = Annotated[str, Meta(max_length=4096)]
@@ -95,7 +95,7 @@ class Want(Struct, frozen=True, array_like=True):
 class Push(Message, frozen=True, kw_only=True, tag="push"):
     """Updates from one worker; frames: one per update, in order. Resent with identical bytes until answered.
 
-    `wants` lets the pull that follows travel with the push; its answer is a Pulled of the same request.
+    `wants` lets the pull that follows travel with the push: see Pushed.
     """
 
     request: Count
@@ -128,14 +128,6 @@ class RefusedUpdate(Struct, frozen=True, array_like=True):
     expected: Count = 0
 
 
-class Pushed(Message, frozen=True, kw_only=True, tag="pushed"):
-    """The answer to a Push: each update is either acknowledged or refused by name."""
-
-    request: Count
-    acknowledged: tuple[Acknowledged, ...]
-    refused: tuple[RefusedUpdate, ...] = ()
-
-
 class Pull(Message, frozen=True, kw_only=True, tag="pull"):
     """Ask for what is new in these blocks. Idempotent; `step` is the worker's clock as in Push."""
 
@@ -165,10 +157,23 @@ class BlockValue(Struct, frozen=True, array_like=True):
 
 
 class Pulled(Message, frozen=True, kw_only=True, tag="pulled"):
-    """The answer to a Pull, or to the wants of a Push; frames: each value's, one after another."""
+    """The answer to a Pull, or to the wants of a Push that was held; frames: each value's, one after another."""
 
     request: Count
     values: tuple[BlockValue, ...]
+
+
+class Pushed(Message, frozen=True, kw_only=True, tag="pushed"):
+    """The answer to a Push: each update is either acknowledged or refused by name.
+
+    `values` are what the push wanted, with frames as in Pulled, in the same message, which costs both sides less
+    than two. There are none where it wanted none or the policy makes it wait: Held and later Pulled follow then.
+    """
+
+    request: Count
+    acknowledged: tuple[Acknowledged, ...]
+    refused: tuple[RefusedUpdate, ...] = ()
+    values: tuple[BlockValue, ...] = ()
 
 
 class Held(Message, frozen=True, kw_only=True, tag="held"):

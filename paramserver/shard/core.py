@@ -69,6 +69,11 @@ class Reply:
     loaned: Sequence[Bytes] = ()
 
 
+# Of an answer: what is told of each block, the frames of all, and those that the pool lends.
+Values = tuple[Sequence[BlockValue], Sequence[Bytes], Sequence[Bytes]]
+_NO_VALUES: Values = ((), (), ())
+
+
 class Refused(Exception):  # noqa: N818  (a verdict on the peer's message, not an error of ours)
     """A request, or one of its updates, is refused by name."""
 
@@ -211,9 +216,14 @@ class ShardCore:
                 refused.append(RefusedUpdate(update.block, update.sequence, why.code, why.detail, why.expected))
         serving.telemetry.pushes += 1
         serving.policy.tick(push.worker, push.step)
-        replies = [Reply(peer, Pushed(request=push.request, acknowledged=tuple(acknowledged), refused=tuple(refused)))]
-        if push.wants:
-            replies += self._answer_pull(serving, peer, push, wanted)
+        found = self._values(serving, peer, push, wanted) if push.wants else _NO_VALUES
+        values, frames, loaned = found or _NO_VALUES
+        verdicts = Pushed(
+            request=push.request, acknowledged=tuple(acknowledged), refused=tuple(refused), values=tuple(values)
+        )
+        replies = [Reply(peer, verdicts, frames, loaned)]
+        if found is None:
+            replies.append(Reply(peer, Held(request=push.request)))
         # After the pusher's own pull: those who waited for this push are more stale already.
         return replies + self._release(serving)
 
@@ -259,9 +269,19 @@ class ShardCore:
         self, serving: Serving, peer: bytes, request: Pull | Push, blocks: Sequence[HeldBlock]
     ) -> list[Reply]:
         """The values of the blocks that a pull wants, or nothing yet where the policy makes it wait."""
+        found = self._values(serving, peer, request, blocks)
+        if found is None:
+            return [Reply(peer, Held(request=request.request))]
+        values, frames, loaned = found
+        return [Reply(peer, Pulled(request=request.request, values=tuple(values)), frames, loaned)]
+
+    def _values(
+        self, serving: Serving, peer: bytes, request: Pull | Push, blocks: Sequence[HeldBlock]
+    ) -> Values | None:
+        """What a request wants of these blocks; None, and the request is parked, where the policy makes it wait."""
         if not serving.policy.may_pull(request.worker, (block.index for block in blocks)):
             serving.parked.setdefault(peer, {})[request.request] = request
-            return [Reply(peer, Held(request=request.request))]
+            return None
         serving.unpark(peer, request)
         serving.telemetry.pulls += 1
         values: list[BlockValue] = []
@@ -282,7 +302,7 @@ class ShardCore:
             values.append(BlockValue(block.index, value.edition, value.kind, value.encoding, len(value.frames)))
             frames += value.frames
             loaned += value.loaned
-        return [Reply(peer, Pulled(request=request.request, values=tuple(values)), frames, loaned)]
+        return values, frames, loaned
 
     def _wanted(self, serving: Serving, peer: bytes, request: Pull | Push) -> list[HeldBlock]:
         """The blocks that a request wants. Raises Refused where one is not here or the answer fits no message."""

@@ -8,7 +8,16 @@ import msgspec
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from paramserver.protocol.messages import MESSAGE_TYPES, BlockValue, ExportPart, Initialise, Message, Pulled, Push
+from paramserver.protocol.messages import (
+    MESSAGE_TYPES,
+    BlockValue,
+    ExportPart,
+    Initialise,
+    Message,
+    Pulled,
+    Push,
+    Pushed,
+)
 
 
 def values_of(kind: inspect.Type) -> st.SearchStrategy[Any]:
@@ -65,7 +74,7 @@ def frames_of(message: Message) -> int:
             return len(message.updates)
         case Initialise():
             return len(message.blocks)
-        case Pulled():
+        case Pulled() | Pushed():
             return sum(value.frames for value in message.values)
         case ExportPart():
             return 1

@@ -31,6 +31,7 @@ from paramserver.protocol.messages import (
     Pull,
     Pulled,
     Push,
+    Pushed,
     Refusal,
     Tick,
     Want,
@@ -168,6 +169,7 @@ def test_unknown_trailing_fields_are_ignored_so_that_messages_can_grow() -> None
         (Initialised(request=1), 1),
         (Pulled(request=1, values=(module.BlockValue(0, 1, "deltas", frames=3),)), 2),
         (Pulled(request=1, values=(module.BlockValue(0, 1, "deltas", frames=2**61),) * 3), 0),
+        (Pushed(request=1, acknowledged=(), values=(module.BlockValue(0, 1, "deltas", frames=3),)), 2),
         (ExportPart(name="w", incarnation=1, job="j", lease=1, offset=0, total=1), 0),
     ],
 )

@@ -239,12 +239,11 @@ def test_push_whose_wants_are_refused_changes_nothing() -> None:
 
 def test_push_with_wants_is_answered_with_the_value_that_holds_it() -> None:
     driver = Driver()
-    pushed, pulled = driver.push("w0", 1, wants=(Want(0, 0), Want(1, 0)))
+    (pushed,) = driver.push("w0", 1, wants=(Want(0, 0), Want(1, 0)))
     assert isinstance(pushed.message, Pushed)
-    assert isinstance(pulled.message, Pulled)
-    first, second = pulled.message.values
+    first, second = pushed.message.values
     assert (first.kind, first.edition, second.kind) == ("snapshot", 1, "current")
-    assert (np.frombuffer(pulled.frames[0], np.float32) == -1.0).all()
+    assert (np.frombuffer(pushed.frames[0], np.float32) == -1.0).all()
 
 
 def test_snapshot_does_not_change_when_a_later_update_arrives() -> None:
@@ -367,6 +366,7 @@ def test_sync_applies_the_mean_of_a_round_once() -> None:
     driver = Driver(consistency={"mode": "sync"}, members=("w0", "w1"))
     pushed, held = driver.push("w0", 1, 1.0, wants=(Want(0, 0),))
     assert isinstance(pushed.message, Pushed)
+    assert not pushed.message.values
     assert isinstance(held.message, Held)
     assert driver.state()[:2] == (0.0, 0)
     replies = driver.push("w1", 1, 3.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -72,7 +73,9 @@ def test_lost_acknowledgement_asks_for_values_only_once_the_update_is_decided() 
         if not isinstance(received.message, Push):
             return None
         replies = shard.core.handle(received.peer, received.message, received.frames)
-        return [reply for reply in replies if isinstance(reply.message, Pushed)]
+        pushed = replies[0].message
+        assert isinstance(pushed, Pushed)
+        return [Reply(received.peer, msgspec.structs.replace(pushed, values=()))]
 
     shard.intercept = lose_values
     rig.step(seed=1, step=1)
@@ -103,8 +106,8 @@ def test_finally_refused_update_returns_to_the_residual_and_its_sequence_is_free
         pushed = replies[0].message
         assert isinstance(pushed, Pushed)
         refused = RefusedUpdate(update.block, update.sequence, "unknown-edition", "for the test")
-        answer = Pushed(request=pushed.request, acknowledged=pushed.acknowledged, refused=(refused,))
-        return [Reply(received.peer, answer), *replies[1:]]
+        answer = msgspec.structs.replace(pushed, refused=(refused,))
+        return [Reply(received.peer, answer, replies[0].frames), *replies[1:]]
 
     shard.intercept = refuse
     first = rig.step(seed=1, step=1)
@@ -371,9 +374,8 @@ def test_unusable_value_is_asked_for_again_and_never_written() -> None:
         if not isinstance(received.message, Push) or spoiled:
             return None
         spoiled.append(1)
-        replies = shard.core.handle(received.peer, received.message, received.frames)
-        bad = memoryview(bytes(8))
-        return [replies[0], Reply(replies[1].peer, replies[1].message, [bad])]
+        (reply,) = shard.core.handle(received.peer, received.message, received.frames)
+        return [Reply(reply.peer, reply.message, [memoryview(bytes(8))])]
 
     shard.intercept = spoil
     rig.step(seed=1, step=1)
