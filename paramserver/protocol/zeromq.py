@@ -124,6 +124,7 @@ class _Socket:
         self.is_ready = False  # a poll has just seen that something can be received
         self.bells: dict[int, tuple[Peer, Doorbell]] = {}  # by descriptor: those that share memory with us
         self._ringing: list[int] | None = None  # bells that may have something; None: nobody has looked
+        self._is_socket_silent = False  # as of that look
         self._until_socket = SOCKET_EVERY
         self.dropped = 0
         """Messages that were not sent because the peer is gone or its queue is full."""
@@ -250,25 +251,32 @@ class _Socket:
         return parts
 
     def is_among(self, ready: set[int]) -> bool:
-        """Whether one of these descriptors, or sockets by their id, is ours; it is read next then."""
+        """Whether one of these descriptors, or sockets by their id, is ours: only that is read until it is empty."""
         self._ringing = [descriptor for descriptor in self.bells if descriptor in ready]
         self.is_ready = id(self.socket) in ready
+        self._is_socket_silent = not self.is_ready
         return bool(self._ringing) or self.is_ready
 
     def _next_parts(self, timeout_seconds: float, has_peer: bool) -> tuple[Peer, list[Buffer], int] | None:
         """The same as `_receive_parts`, of the doorbells and the socket together."""
         if not self.bells:
             return self._receive_parts(timeout_seconds, has_peer)
-        give_up_at = time.monotonic() + timeout_seconds
+        give_up_at = time.monotonic() + timeout_seconds if timeout_seconds > 0 else 0.0
         while True:
             self._until_socket -= 1
             if self._until_socket > 0 and (heard := self._hear()) is not None:
                 return heard
-            self._until_socket = SOCKET_EVERY  # bells that never stop may not keep the socket waiting
-            got = self._receive_parts(0, has_peer) or self._hear()
-            left = give_up_at - time.monotonic() if timeout_seconds > 0 else 0.0
-            if got is not None or left <= 0:
+            is_silent, self._is_socket_silent = self._is_socket_silent, False
+            if is_silent and self._until_socket > 0:
+                got = None
+            else:
+                self._until_socket = SOCKET_EVERY  # bells that never stop may not keep the socket waiting
+                got = self._receive_parts(0, has_peer) or self._hear()
+            if got is not None or timeout_seconds <= 0:
                 return got
+            left = give_up_at - time.monotonic()
+            if left <= 0:
+                return None
             self.is_among(_poll([self], left))
 
     def _hear(self) -> tuple[Peer, list[Buffer], int] | None:

@@ -217,11 +217,11 @@ class ShardCore:
         serving.telemetry.pushes += 1
         serving.policy.tick(push.worker, push.step)
         found = self._values(serving, peer, push, wanted) if push.wants else _NO_VALUES
-        values, frames, loaned = found or _NO_VALUES
+        values, bodies, loaned = found or _NO_VALUES
         verdicts = Pushed(
             request=push.request, acknowledged=tuple(acknowledged), refused=tuple(refused), values=tuple(values)
         )
-        replies = [Reply(peer, verdicts, frames, loaned)]
+        replies = [Reply(peer, verdicts, bodies, loaned)]
         if found is None:
             replies.append(Reply(peer, Held(request=push.request)))
         # After the pusher's own pull: those who waited for this push are more stale already.
