@@ -39,6 +39,7 @@ from models.task import Parameter, Step
 from paramserver.cli.bench.choices import Ways, parse_pair, parse_sizes, synthetic_job
 from paramserver.cli.bench.crew import QUIET, Crew, Line, MeasurementError
 from paramserver.cli.bench.exchange import Rate, Unwatched, follow_cycles, run_cycles, start_shards
+from worker.device import keep_freed_memory, limit_threads
 
 PAIRS = ("fp32/fp32", "int8/bf16")
 ARGUMENTS = RecurrentArguments(task="char-lm", cell="lstm", hidden=200)
@@ -52,8 +53,9 @@ JOB_WARM_SHARE = 0.3  # of a job's steps, which begin while its processes still 
 
 
 def build_task(seed: int = 0) -> RecurrentTask:
-    """The same model in every process; torch computes with one thread."""
-    torch.set_num_threads(1)
+    """The same model in every process, which computes with one thread and keeps its memory as a worker process does."""
+    limit_threads(1)
+    keep_freed_memory()
     return RecurrentTask(ARGUMENTS, DATA, load_corpus(ARGUMENTS, DATA), seed, torch.device("cpu"))
 
 

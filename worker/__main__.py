@@ -10,7 +10,7 @@ from paramserver.protocol.transport import TransportError
 from paramserver.protocol.zeromq import ZeroMQTransport
 from worker.control import ControlThread
 from worker.desk import Desk
-from worker.device import limit_threads
+from worker.device import keep_freed_memory, limit_threads
 from worker.errors import WorkerError
 from worker.runner import Runner
 
@@ -34,6 +34,7 @@ def main() -> int:
     identify("worker", options.name)
     stop = install_stop()
     limit_threads(options.threads)
+    keep_freed_memory()
     desk = Desk()
     transport = ZeroMQTransport()
     control = ControlThread(ZeroMQTransport, options.coordinator, options.name, desk)

@@ -1,6 +1,9 @@
-"""Where a worker computes, and with how many threads. A device that was asked for by name must be there."""
+"""Where a worker computes, with how many threads and on which memory. A device that was asked for must be there."""
 
 from __future__ import annotations
+
+import ctypes
+import os
 
 import torch
 
@@ -31,3 +34,24 @@ def choose_device(wanted: str) -> torch.device:
 def limit_threads(threads: int) -> None:
     """Give this process so many compute threads: several workers on one machine ruin each other otherwise."""
     torch.set_num_threads(threads)
+
+
+# Of glibc's mallopt(3). Larger pieces than the second are mapped one by one whatever is set.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES, LARGEST_BYTES = 256 * 2**20, 32 * 2**20
+_USERS_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+
+
+def keep_freed_memory() -> bool:
+    """Let the C allocator of this process keep up to KEPT_BYTES that are freed: the next step asks for them again.
+
+    Left alone, glibc gives the free end of its heap back to the system after a step, and the next one pays a page
+    fault every 4 KiB: it depends on what happens to lie at that end whether a process does so. False, and nothing
+    changed, where the C library is another one or the user has tuned it.
+    """
+    if any(name in os.environ for name in _USERS_OWN):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES) and mallopt(_M_MMAP_THRESHOLD, LARGEST_BYTES))
