@@ -2,7 +2,8 @@
 
 A *listener* is the bound side (shard, coordinator): it hears many peers and answers each by its `Peer`.
 A *channel* is the connected side (worker, and every process towards the coordinator): one remote.
-Both are used from one thread only, and neither blocks for longer than the timeout it is given.
+Both are used from one thread only, and neither blocks for longer than the timeout it is given. Messages that go
+through a socket arrive in order, and so do those past it (see `memory`), but either may overtake the other.
 
 Buffers. Frames given to `send` are not copied when they are large: they may not change until the
 returned `Sending` is done. Frames that `receive` returns are read-only views that keep their memory
