@@ -41,6 +41,9 @@ class Policy(ABC):
     def tick(self, worker: str, step: int) -> None:  # noqa: B027  (most modes keep no clock)
         """A worker has finished `step` steps."""
 
+    def greeted(self, worker: str) -> None:  # noqa: B027
+        """A worker says Hello: it may count its steps from the start again."""
+
     @abstractmethod
     def absorb(self, block: HeldBlock, worker: str, encoding: Encoding, frame: Bytes, staleness: int) -> None:
         """Take a checked update into the state. It is acknowledged when this returns."""
@@ -87,6 +90,7 @@ class BoundedPolicy(AsyncPolicy):
         self._slack = job.consistency.slack
         self._steps: dict[str, int] = {}  # as the worker counts
         self._offsets: dict[str, int] = {}  # what makes its count comparable
+        self._greeted: set[str] = set()  # those that have not ticked since their last Hello
 
     def set_members(self, members: Collection[str]) -> None:
         slowest = self._slowest()
@@ -98,10 +102,16 @@ class BoundedPolicy(AsyncPolicy):
             self._offsets.pop(worker, None)
 
     def tick(self, worker: str, step: int) -> None:
-        known = self._steps.get(worker)
-        if known is not None and step < known and worker in self._offsets:
-            self._offsets[worker] += known - step  # a new incarnation counts from 0 and stands where it stood
+        known = self._steps.get(worker, step)
+        if step < known and worker not in self._greeted:
+            return  # said before, and overtaken on its way
+        if step < known and worker in self._offsets:
+            self._offsets[worker] += known - step  # it counts from 0 again and stands where it stood
+        self._greeted.discard(worker)
         self._steps[worker] = step
+
+    def greeted(self, worker: str) -> None:
+        self._greeted.add(worker)
 
     def may_pull(self, worker: str, blocks: Iterable[int]) -> bool:
         return worker not in self.members or self._clock(worker) - self._slowest() <= self._slack

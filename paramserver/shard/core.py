@@ -360,6 +360,7 @@ class ShardCore:
         if len(serving.peers) >= MAX_PEERS:
             raise Refused("not-served", f"this shard knows {MAX_PEERS} workers already, which is its limit")
         serving.peers[peer] = (hello.worker, hello.incarnation)
+        serving.policy.greeted(hello.worker)
         return Reply(peer, Welcome(shard=self.name, job=hello.job, term=serving.order.term))
 
     def _initialise(self, peer: bytes, message: Initialise, frames: Sequence[memoryview]) -> Reply:

@@ -362,6 +362,23 @@ def test_bounded_returner_after_a_rest_stops_nobody() -> None:
     assert isinstance(driver.pull("w0", 19)[0].message, Pulled)
 
 
+def test_bounded_clock_is_not_moved_by_a_message_that_was_overtaken() -> None:
+    settings: dict[str, object] = {"consistency": {"mode": "bounded", "slack": 2}}
+    driver = Driver(**settings, members=("w0", "w1"))
+    for step in (1, 2, 1, 2, 1, 2):
+        driver.send("w0", Tick(job="job", worker="w0", incarnation=1, step=step))
+    assert isinstance(driver.pull("w0", 2)[0].message, Pulled)
+
+
+def test_bounded_worker_that_connects_anew_stands_where_it_stood() -> None:
+    settings: dict[str, object] = {"consistency": {"mode": "bounded", "slack": 2}}
+    driver = Driver(**settings, members=("w0", "w1"))
+    driver.send("w0", Tick(job="job", worker="w0", incarnation=1, step=2))
+    driver.hello("w0")
+    assert isinstance(driver.pull("w0", 0)[0].message, Pulled)
+    assert isinstance(driver.pull("w0", 1)[0].message, Held), "two steps of its predecessor and one of its own"
+
+
 def test_sync_applies_the_mean_of_a_round_once() -> None:
     driver = Driver(consistency={"mode": "sync"}, members=("w0", "w1"))
     pushed, held = driver.push("w0", 1, 1.0, wants=(Want(0, 0),))
