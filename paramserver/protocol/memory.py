@@ -17,6 +17,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from paramserver.protocol.framing import FramingError, decode_message, encode_message
 from paramserver.protocol.messages import Message
@@ -54,6 +55,8 @@ class MemoryNetwork:
         seed: of all faults.
         drop, duplicate, reorder: probability of each fault, a message, in both directions.
         delay: bounds in seconds of the (uniform) time a message travels. Without `reorder` a link keeps order.
+        bytes_a_second: what each link carries, each way of a connection by itself; a message arrives when its last
+            byte does.
     """
 
     def __init__(
@@ -63,12 +66,16 @@ class MemoryNetwork:
         duplicate: float = 0.0,
         reorder: float = 0.0,
         delay: tuple[float, float] = (0.0, 0.0),
+        bytes_a_second: float = inf,
     ) -> None:
         if not all(0 <= chance <= 1 for chance in (drop, duplicate, reorder)):
             raise ValueError(f"drop {drop}, duplicate {duplicate}, reorder {reorder}: a probability is from 0 to 1")
         if not 0 <= delay[0] <= delay[1]:
             raise ValueError(f"delay {delay}: it is (shortest, longest) in seconds, from 0 up")
+        if not bytes_a_second > 0:
+            raise ValueError(f"bytes_a_second {bytes_a_second}: nothing would ever arrive")
         self.drop, self.duplicate, self.reorder, self.delay = drop, duplicate, reorder, delay
+        self.bytes_a_second = bytes_a_second
         self.now = 0.0
         """The virtual time in seconds."""
         self.faults = Faults()
@@ -142,10 +149,11 @@ class MemoryNetwork:
             return SENT
         if twice:
             self._count("duplicated")
+        link.free_at = max(self.now, link.free_at) + sum(map(len, parts)) / self.bytes_a_second
         copies = 2 if twice else 1
         parcel.copies_left = copies
         for copy in range(copies):
-            at = self.now + self._random.uniform(*self.delay)
+            at = link.free_at + self._random.uniform(*self.delay)
             if held_back and not copy:
                 at += self._random.uniform(1.0, 2.0) * max(OVERTAKING_SECONDS, self.delay[1])
             else:
@@ -217,6 +225,7 @@ class _Link:
     receiver: _MemoryEndpoint | None
     peer: Peer
     last_arrival: float = 0.0
+    free_at: float = 0.0  # when its last message so far has left
     highest_delivered: int = 0
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 

@@ -284,3 +284,33 @@ def test_reordering_holds_a_message_back_for_at_least_the_stated_time() -> None:
     assert steps_heard(listener) == []
     network.advance(OVERTAKING_SECONDS * 1.01)
     assert steps_heard(listener) == [1]
+
+
+def test_a_link_carries_so_many_bytes_a_second_and_keeps_order() -> None:
+    network = MemoryNetwork(seed=1, bytes_a_second=1000.0)
+    listener, channel = connected(network)
+    frame = bytes(500)
+    initialise = Initialise(request=1, job="j", term=1, layout="l", blocks=(0,))
+    channel.send(initialise, [frame])
+    channel.send(tick(1))
+    network.advance(0.5)
+    assert listener.receive(0) is None, "its last byte is not there"
+    network.advance(0.1)
+    first = listener.receive(0)
+    assert isinstance(first, Received)
+    assert network.now * 1000 >= first.message_bytes >= 500
+    network.advance(0.1)
+    assert steps_heard(listener) == [1]
+
+
+def test_each_way_carries_its_own() -> None:
+    network = MemoryNetwork(seed=1, bytes_a_second=1000.0)
+    listener, channel = connected(network)
+    channel.send(tick(1))
+    network.advance(1.0)
+    received = listener.receive(0)
+    assert isinstance(received, Received)
+    channel.send(Initialise(request=1, job="j", term=1, layout="l", blocks=(0,)), [bytes(900)])
+    listener.send(received.peer, Initialised(request=1))
+    network.advance(0.1)
+    assert isinstance(channel.receive(0), Received), "the answer does not wait for what goes the other way"
