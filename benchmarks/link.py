@@ -2,19 +2,32 @@
 
 Every worker is behind a link of its own, held to the rate both ways; the shards are beyond it. The ranks of DDP
 (gloo, fp32) are each behind one of the same links. Gradients are synthetic, so a step is its exchange and nothing
-else: nothing of it is hidden behind computation, for neither side. Frames go through the link alone, never through
-shared memory.
+else, or with --computing a pause and then its exchange: nothing of it is hidden behind computation, for neither side.
+Frames go through the link alone, never through shared memory.
+
+What encodings of no fixed size take depends on the gradients. "uneven" ones are fresh noise every step (a few prepared
+tensors in turn) whose segments of 2,048 elements differ in size as those of real gradients do: the root mean square
+of a segment is log-normal, and stays the same from step to step. Its standard deviation is 0.4 decades: measured
+over the first 400 steps of a char-LSTM were 0.33 to 0.49, of a PTB LSTM with tied embedding 0.80 to 0.86, where
+adaptive bits would find more to spare. "white" noise has the same size everywhere. Encodings of a fixed size are
+measured with one kind only, and DDP sends the same bytes whatever the gradients.
 
 Needs root: network namespaces are made, and are gone when this ends, however it ends.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from benchmarks.network import (
     HUB_ADDRESS,
@@ -30,6 +43,7 @@ from benchmarks.report import median, show, spread
 from paramserver.cli.bench.choices import Ways, parse_pair, parse_sizes, short_size, synthetic_job
 from paramserver.cli.bench.crew import QUIET, Crew, Line
 from paramserver.cli.bench.exchange import (
+    GRADIENT_SCALE,
     MOMENTUM,
     Rate,
     Shapes,
@@ -45,6 +59,10 @@ DDP = "DDP fp32"
 WORKERS = 2
 LAYER = 1_000_000  # elements of a layer; the last one is shorter
 DDP_PORT = 29_500  # in a namespace of its own every port is free
+SEGMENT = 2048  # elements of equal size in uneven gradients
+SPREAD_DECADES = {"uneven": 0.4, "white": 0.0}  # standard deviation of log10 of a segment's root mean square
+PREPARED = 4  # gradients of a worker, in turn
+OF_NO_FIXED_SIZE = {"adaptive", "coded"}
 
 
 def shapes_of(parameters: int) -> Shapes:
@@ -56,7 +74,15 @@ def shapes_of(parameters: int) -> Shapes:
 # ------------------------------------------------------------------------------------ ours
 
 
-def ours(links: Links, parameters: int, shards: int, ways: Ways, seconds: float) -> Rate:
+@dataclass(frozen=True)
+class Steps:
+    """What a step of every worker is."""
+
+    gradients: str = "uneven"
+    computing_seconds: float = 0.0  # paused before each exchange
+
+
+def ours(links: Links, parameters: int, shards: int, ways: Ways, seconds: float, steps: Steps) -> Rate:
     """Real shard processes in the hub, a worker in each end."""
     shapes, job = shapes_of(parameters), synthetic_job(ways, MOMENTUM)
     with Crew(shared_memory(False)) as crew:  # it would lead around the link
@@ -65,7 +91,9 @@ def ours(links: Links, parameters: int, shards: int, ways: Ways, seconds: float)
             lambda crew, name, target, *rest: crew.start(name, in_namespace, links.hub, target, *rest),
         )  # fmt: skip
         clients = [
-            crew.start(f"worker-{n}", in_namespace, end, _worker, n, addresses, shapes, dict(ways.push), links.megabits)
+            crew.start(
+                f"worker-{n}", in_namespace, end, _worker, n, addresses, shapes, dict(ways.push), links.megabits, steps
+            )
             for n, end in enumerate(links.ends)
         ]
         rate = run_cycles(crew, clients, seconds, servers)
@@ -95,23 +123,69 @@ class Link(Traffic):
 
 
 def _worker(
-    line: Line, number: int, addresses: Sequence[Any], shapes: Shapes, push: Mapping[str, Any], megabits: int
+    line: Line,
+    number: int,
+    addresses: Sequence[Any],
+    shapes: Shapes,
+    push: Mapping[str, Any],
+    megabits: int,
+    steps: Steps,
 ) -> None:
-    with attach_synthetic(number, addresses, shapes, push) as (attached, gradients):
+    import torch
+
+    with attach_synthetic(number, addresses, shapes, push) as (attached, _):
         if number == 0:
             attached.initialise()
+        prepared = cycle(
+            [
+                {name: torch.from_numpy(values) for name, values in gradients.items()}
+                for gradients in prepare_gradients(steps.gradients, number, shapes)
+            ]
+        )
+
+        def step() -> None:
+            time.sleep(steps.computing_seconds)
+            attached.push(next(prepared))
+
         watch = Link(megabits, attached.counters)
-        follow_cycles(line, lambda: attached.push(gradients), attached.pull, watch)
+        follow_cycles(line, step, attached.pull, watch)
+
+
+def prepare_gradients(kind: str, number: int, shapes: Shapes) -> list[dict[str, npt.NDArray[np.float32]]]:
+    """A worker's gradients, to be used in turn. All workers have the same sizes of segments, as those of one model."""
+    sizes = {}
+    for name, shape in shapes.items():
+        segments = -(-math.prod(shape) // SEGMENT)
+        drawn = np.random.default_rng((0, *name.encode())).normal(0, SPREAD_DECADES[kind], segments)
+        sizes[name] = np.repeat(GRADIENT_SCALE * 10**drawn, SEGMENT)[: math.prod(shape)].astype(np.float32)
+    generator = np.random.default_rng((1, number))
+    return [
+        {
+            name: (sizes[name] * generator.standard_normal(sizes[name].size, np.float32)).reshape(shape)
+            for name, shape in shapes.items()
+        }
+        for _ in range(PREPARED)
+    ]
 
 
 # ------------------------------------------------------------------------------------- DDP
 
 
-def ddp(links: Links, parameters: int, seconds: float) -> Rate:
+def ddp(links: Links, parameters: int, seconds: float, computing_seconds: float) -> Rate:
     """torch DistributedDataParallel over gloo, a rank in each end, fp32, SGD with momentum."""
     with Crew(QUIET) as crew:
         ranks = [
-            crew.start(f"rank-{n}", in_namespace, end, _rank, n, len(links.ends), shapes_of(parameters), links.megabits)
+            crew.start(
+                f"rank-{n}",
+                in_namespace,
+                end,
+                _rank,
+                n,
+                len(links.ends),
+                shapes_of(parameters),
+                links.megabits,
+                computing_seconds,
+            )
             for n, end in enumerate(links.ends)
         ]
         rate = run_cycles(crew, ranks, seconds)
@@ -119,7 +193,7 @@ def ddp(links: Links, parameters: int, seconds: float) -> Rate:
     return rate
 
 
-def _rank(line: Line, rank: int, ranks: int, shapes: Shapes, megabits: int) -> None:
+def _rank(line: Line, rank: int, ranks: int, shapes: Shapes, megabits: int, computing_seconds: float) -> None:
     import torch
     import torch.distributed as dist
 
@@ -147,20 +221,30 @@ def _rank(line: Line, rank: int, ranks: int, shapes: Shapes, megabits: int) -> N
     model = torch.nn.parallel.DistributedDataParallel(Model())
     optimizer = torch.optim.SGD(model.parameters(), lr=MOMENTUM["lr"], momentum=MOMENTUM["momentum"])
 
-    def cycle() -> None:
+    def step() -> None:
+        time.sleep(computing_seconds)
         optimizer.zero_grad()
         model().backward()
         optimizer.step()
 
-    follow_together(line, cycle, Traffic(megabits))
+    follow_together(line, step, Traffic(megabits))
     dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------- report
 
 
-def run(rates: Sequence[int], rounds: int, seconds: float, pairs: Sequence[str], parameters: int, shards: int) -> None:
-    """Print the table, by rate of the link in megabits a second."""
+def run(
+    rates: Sequence[int],
+    rounds: int,
+    seconds: float,
+    pairs: Sequence[str],
+    parameters: int,
+    shards: int,
+    kinds: Sequence[str] = tuple(SPREAD_DECADES),
+    computing_seconds: float = 0.0,
+) -> None:
+    """Print the table, by rate of the link in megabits a second; `kinds` of gradients."""
     started = time.monotonic()
     rows: list[list[str]] = []
     facts: list[dict[str, object]] = []
@@ -171,10 +255,13 @@ def run(rates: Sequence[int], rounds: int, seconds: float, pairs: Sequence[str],
         with closing(Links(WORKERS, megabits)) as links:
             plain = plain_streams(links, seconds / 3)
             launches: dict[str, Callable[[], Rate]] = {
-                ways.label: lambda ways=ways: ours(links, parameters, shards, ways, seconds)  # type: ignore[misc]
+                label: lambda ways=ways, kind=kind: ours(  # type: ignore[misc]
+                    links, parameters, shards, ways, seconds, Steps(kind, computing_seconds)
+                )
                 for ways in wanted
+                for kind, label in _labels(ways, kinds)
             }
-            launches[DDP] = lambda: ddp(links, parameters, seconds)
+            launches[DDP] = lambda: ddp(links, parameters, seconds, computing_seconds)
             found: dict[str, list[Rate]] = {name: [] for name in launches}
             for _ in range(rounds):
                 for name, launch in launches.items():
@@ -190,15 +277,24 @@ def run(rates: Sequence[int], rounds: int, seconds: float, pairs: Sequence[str],
             facts.append({"megabits": megabits, "who": name, "steps_per_second": steps, "over_ddp": ratio, **one})
         facts.append({"megabits": megabits, "who": "a TCP stream", "up_megabits": up, "down_megabits": down})
     show(
-        f"{short_size(parameters)} parameters, {WORKERS} workers or ranks, {shards} shards beyond the links; "
+        f"{short_size(parameters)} parameters, {WORKERS} workers or ranks, {shards} shards beyond the links"
+        f"{f', each step with a pause of {computing_seconds:g} s' if computing_seconds else ''}; "
         "steps a second of both together.\n"
         "used: of the link, headers and all. busy: both ways/up alone/down alone/neither, in % of the time. "
         "/ payload: messages over what they carry",
         ["Mbit/s", "who", "steps/s", "x DDP", "used: up down", "busy %", "bits up down", "/ payload", "resent"],
         rows,
         {"benchmark": "link", "parameters": parameters, "shards": shards, "rounds": rounds, "results": facts,
+         "computing_seconds": computing_seconds, "spread_decades": SPREAD_DECADES,
          "congestion_control": congestion_control(), "seconds": time.monotonic() - started},
     )  # fmt: skip
+
+
+def _labels(ways: Ways, kinds: Sequence[str]) -> list[tuple[str, str]]:
+    """Which gradients a pair is measured with, and how that is called."""
+    if not OF_NO_FIXED_SIZE & {str(ways.push["encoding"]), str(ways.pull["encoding"])}:
+        return [(kinds[0], ways.label)]
+    return [(kind, f"{ways.label}, {kind}") for kind in kinds]
 
 
 def _summary(ones: Sequence[Rate], megabits: int) -> dict[str, Any]:
@@ -248,6 +344,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="PUSH/PULL", help="ours (default: %(default)s)")
     parser.add_argument("--parameters", default="10M", help="of the model (default %(default)s)")
     parser.add_argument("--shards", default="2", help="beyond the links (default %(default)s)")
+    parser.add_argument(
+        "--gradients", nargs="+", choices=SPREAD_DECADES, default=tuple(SPREAD_DECADES), metavar="KIND",
+        help="uneven or white, for encodings of no fixed size (default: both)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--computing", type=float, default=0.0, metavar="SECONDS", help="a pause before each exchange (default none)"
+    )
     given = parser.parse_args(arguments)
     run(
         parse_sizes(given.rates, "--rates"),
@@ -256,4 +359,6 @@ def main(arguments: Sequence[str]) -> None:
         given.pairs,
         parse_sizes(given.parameters, "--parameters")[0],
         parse_sizes(given.shards, "--shards")[0],
+        given.gradients,
+        given.computing,
     )
