@@ -96,7 +96,7 @@ class Replica:
         """Add the deltas that lead to `edition`, one edition each; those that are held already are left out.
 
         False, and no change, where they do not begin at what is held: ask again. Raises EncodingError for a frame
-        that is none of this block; nothing is written then.
+        that is none of this block: nothing is written then, or, where only decoding finds it out, those before it are.
         """
         held = int(self.editions[block])
         missing = edition - held
@@ -104,11 +104,17 @@ class Replica:
             return False
         place = self.layout.blocks[block]
         member: Encoding = _encoding(encoding)
+        missed = frames[len(frames) - missing :] if missing > 0 else ()
+        if member.is_checked_by_decoding:
+            for frame in missed:  # checking them all before would decode them twice
+                self._add(place, member, [frame])
+                self.editions[block] += 1
+            return True
         for frame in frames:
             member.check(frame, place.elements)
-        if missing > 0:
+        if missed:
             # One after another: a sum of deltas would round differently from the published replica.
-            self._add(place, member, frames[len(frames) - missing :])
+            self._add(place, member, missed)
             self.editions[block] = edition
         return True
 

@@ -50,6 +50,7 @@ class Encoding(ABC):
     lossless: ClassVar[bool]
     bits: ClassVar[float]  # of a code, scales not counted; what tells an encoding of 2 bits and less
     has_stochastic_rounding: ClassVar[bool] = False
+    is_checked_by_decoding: ClassVar[bool] = False  # decoding refuses a bad frame by itself, before anything changes
     is_fused: ClassVar[bool] = True  # whether kernels that switch on `kind` know it; else a frame is decoded first
 
     def __init__(self, options: EncodingOptions) -> None:

@@ -105,6 +105,29 @@ def test_a_damaged_delta_is_refused_whole() -> None:
     assert rig.counters.refusals["corrupt-frame"] == 1
 
 
+def test_a_damaged_coded_delta_is_found_by_decoding_and_mended_by_asking_again() -> None:
+    rig = Rig(pull={"encoding": "coded", "fresh": False})
+    rig.exchange.pull(0)
+    elements = rig.layout.blocks[0].elements
+    coded, frames = make_encoding("coded"), []
+    expected = np.zeros(elements, np.float32)
+    for seed in range(3):
+        frame = np.empty(coded.frame_bytes(elements), np.uint8)
+        values = np.random.default_rng(seed).normal(size=elements).astype(np.float32)
+        frame = frame[: coded.encode(values, frame)]
+        coded.decode_add(frame, expected)
+        frames.append(frame)
+    bad = frames[1].copy()
+    bad[-3] ^= 0x55
+    value = BlockValue(0, 3, "deltas", coded.identifier, 3)
+    assert not rig.exchange.value(value, [memoryview(frame) for frame in (frames[0], bad, frames[2])])
+    assert rig.counters.refusals["corrupt-frame"] == 1
+    assert rig.replica.editions[0] == 1, "the one before it is in"
+    assert rig.exchange.value(value, [memoryview(frame) for frame in frames])
+    assert rig.replica.editions[0] == 3
+    np.testing.assert_array_equal(rig.replica.values(0).view(np.uint32), expected.view(np.uint32))
+
+
 def test_weights_that_diverged_fail_the_job_through_deltas_too() -> None:
     rig = Rig(pull={"encoding": "int8", "fresh": False})
     rig.exchange.pull(0)

@@ -46,6 +46,7 @@ class Coded(Encoding):
     kind: ClassVar[int] = 10
     lossless: ClassVar[bool] = False
     bits: ClassVar[float] = 1.3
+    is_checked_by_decoding: ClassVar[bool] = True
     is_fused: ClassVar[bool] = False
 
     def frame_bytes(self, elements: int) -> int:
