@@ -126,6 +126,7 @@ class PushSettings(_Encoded):
     density: Annotated[float, Field(gt=0, le=1)] = 0.01  # topk: share of the elements that go out
     rounding: Literal["nearest", "stochastic"] = "nearest"
     error: Annotated[float, Field(gt=0, lt=1)] = 0.6  # adaptive: root of the share of the squares that may stay behind
+    error_limit: Annotated[float, Field(gt=0, lt=1)] = 0.8  # adaptive: the same where the wire is what a step waits for
     overlap: Literal["auto"] | bool = "auto"  # compute the next batch meanwhile; auto: only where an exchange is slow
     deadline_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 5.0  # then the same bytes are sent again
 
@@ -133,13 +134,24 @@ class PushSettings(_Encoded):
     def options(self) -> EncodingOptions:
         return EncodingOptions(tile=self.tile, density=self.density, rounding=self.rounding)
 
+    @model_validator(mode="after")
+    def _limit_is_a_limit(self) -> Self:
+        if self.error_limit < self.error:
+            raise ValueError(
+                f"error_limit {self.error_limit} is less than error {self.error}: it is what may stay behind where the "
+                "wire is slow; raise it, or give both the same number"
+            )
+        return self
+
 
 class PullSettings(_Encoded):
     _other_way_only: ClassVar[str] = "adaptive"  # its plan is over all that a worker pushes
 
     encoding: str = "ternary"  # of published deltas, or of fresh weights: fp32 or bf16
     fresh: bool | None = None  # true: the weights as they are now; absent: true with fp32 and bf16
-    publish_every: Annotated[int, Field(ge=1)] | None = None  # updates of a block; absent: half the active pushers
+    publish_every: Annotated[int, Field(ge=1)] | None = (
+        None  # updates of a block; absent: half the active pushers, up to all where pulls are slow
+    )
     publish_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 0.5  # the longest that an update stays unpublished
 
     still: Annotated[float, Field(ge=0, lt=1)] = 1e-5  # a block that moves less, relative to its norm, is held back ...

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from paramserver.encoding import Encoding, make_encoding, on_torch
-from paramserver.encoding.adaptive import Adaptive, BitPolicy, Part, Plan
+from paramserver.encoding.adaptive import DEFAULT_ERROR_LIMIT, Adaptive, BitPolicy, Part, Plan
 from paramserver.process import log
 from paramserver.protocol.buffers import BufferPool
 from paramserver.protocol.layout import Layout
@@ -37,6 +37,7 @@ class UpdateEncoder:
         error: for `adaptive`: the root of the share of the squares that may stay behind.
         devices: of the blocks whose gradients stay on one (`Replica.devices`). Where the encoding is none that a
             device can do, the block is encoded on the host: decided here, for good, and logged.
+        error_limit: what may stay behind where bytes are limited.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class UpdateEncoder:
         pool: BufferPool,
         error: float,
         devices: Mapping[int, torch.device] | None = None,
+        error_limit: float = DEFAULT_ERROR_LIMIT,
     ) -> None:
         self._devices = _encoding_devices(layout, encodings, devices or {})
         self.residuals = ResidualStore(layout, self._devices)
@@ -56,7 +58,7 @@ class UpdateEncoder:
             block.index: block.elements for block in layout.blocks if isinstance(encodings[block.index], Adaptive)
         }
         tile = next((encodings[block].tile for block in planned), 64)
-        self._policy = BitPolicy(planned, tile, error) if planned else None
+        self._policy = BitPolicy(planned, tile, error, error_limit) if planned else None
         self._planned = planned.keys()
         self._plan: Plan | None = None
 

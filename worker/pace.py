@@ -1,4 +1,4 @@
-"""How long exchanges take beside computation, and how late updates arrive: what `adaptive` adapts to."""
+"""How long exchanges take beside computation, and how late updates arrive: what the bytes of a step follow."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from worker.counters import Counters
 MEMORY = 0.9  # of the version lag of late; the usual lag forgets ten times as slowly
 LATE = 2.0  # times the usual lag: from there on updates arrive late
 SEEN_SECONDS = 1e-3  # an exchange that was waited for no longer may have ended at any time before
+CONVINCING = 3  # exchanges in turn that say so, before pulls are found to be slow, or no longer so
 
 
 class Pace:
@@ -21,6 +22,8 @@ class Pace:
         self._began: float | None = None  # of the exchange under way
         self._computing_seconds = inf
         self._bytes = 0, 0  # pushed and pulled when it began
+        self._is_pull_slow = False
+        self._otherwise = 0  # exchanges in turn that say that it is not so
         self._versions = [0] * blocks  # after the worker's last update of each block
         self._lag = self._usual_lag = 0.0  # updates of others between two of its own
 
@@ -29,8 +32,13 @@ class Pace:
         """Both ways together, over the last exchange that was seen to its end; 0 before."""
         return self._speed
 
+    @property
+    def is_pull_slow(self) -> bool:
+        """Whether exchanges take longer than the computation, and for what they bring rather than what they push."""
+        return self._is_pull_slow
+
     def byte_limit(self, computing_seconds: float) -> int | None:
-        """What the next step may push, in bytes; None where the wire is no bottleneck."""
+        """What the next step may push, in bytes; None where nothing is known."""
         if computing_seconds == inf:
             return None  # nobody said what an exchange may take
         return self._wire.bytes(computing_seconds, self._lag, LATE * self._usual_lag if self._usual_lag else inf)
@@ -42,11 +50,26 @@ class Pace:
 
     def end(self, now: float, counters: Counters, waited_seconds: float) -> None:
         """Everything of it is answered, after the last wait for it took so long."""
-        if self._began is not None and waited_seconds >= SEEN_SECONDS:
-            pushed, pulled = counters.push_bytes - self._bytes[0], counters.pull_bytes - self._bytes[1]
-            self._wire.observe(pushed, pulled, now - self._began, self._computing_seconds)
-            self._speed = (pushed + pulled) / max(now - self._began, SEEN_SECONDS)
+        if self._began is None:
+            return
+        seconds = now - self._began
+        pushed, pulled = counters.push_bytes - self._bytes[0], counters.pull_bytes - self._bytes[1]
+        is_seen = waited_seconds >= SEEN_SECONDS
+        if is_seen:
+            self._wire.observe(pushed, pulled, seconds)
+            self._speed = (pushed + pulled) / max(seconds, SEEN_SECONDS)
+        self._judge_pull(is_seen, seconds, pushed, pulled)
         self._began = None
+
+    def _judge_pull(self, is_seen: bool, seconds: float, pushed: int, pulled: int) -> None:
+        if self._is_pull_slow:
+            # Shards that know of it send half as much at the least: it is over where twice that would still be quick.
+            is_otherwise = 2 * seconds < self._computing_seconds or 2 * pulled < pushed
+        else:
+            is_otherwise = is_seen and seconds > self._computing_seconds and pulled > pushed
+        self._otherwise = self._otherwise + 1 if is_otherwise else 0
+        if self._otherwise == CONVINCING:
+            self._is_pull_slow, self._otherwise = not self._is_pull_slow, 0
 
     def saw_version(self, block: int, version: int) -> None:
         """An update of the block was applied as its `version`."""

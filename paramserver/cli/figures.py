@@ -114,7 +114,7 @@ def status_rows(job: Figures) -> list[tuple[str, str]]:
             f"largest {staleness['max']}",
         ),
         ("residuals", f"norm {number(job['residual_norm'], 4)}"),
-        ("replica", f"{count(job['editions'])} editions, {number(100 * job['replica_distance'], 2)}% from the weights"),
+        ("replica", _replica(job)),
         ("queues", _pairs(queues)),
         ("survived", _pairs({"examples repeated": job["examples_repeated"], **faults})),
         ("refused", _pairs(job["refusals"]) or "nothing"),
@@ -131,6 +131,15 @@ def _loss(loss: Figures, of: Figures, digits: int = 3) -> str:
 def _metrics(metrics: Figures, digits: int = 4) -> str:
     """The task's own metrics, to follow its loss; empty where it has none."""
     return "".join(f", {name} {number(value, digits)}" for name, value in metrics.items())
+
+
+def _replica(job: Figures) -> str:
+    if not job["publish_period"]:
+        return "the weights"
+    return (
+        f"{count(job['editions'])} editions, now one after {count(job['publish_period'])} updates of a block, "
+        f"{number(100 * job['replica_distance'], 2)}% from the weights"
+    )
 
 
 def _way(job: Figures, way: str, past: str) -> str:

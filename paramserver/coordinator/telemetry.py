@@ -120,6 +120,7 @@ class Telemetry:
         figures["snapshots"] = sum(row.snapshots for row in rows)
         figures["snapshot_bytes"] = sum(row.snapshot_bytes for row in rows)
         figures["editions"] = sum(report.editions for report in shards)
+        figures["publish_period"] = max((report.publish_period for report in shards), default=0)
         figures["replica_distance"] = max((finite(report.replica_distance) for report in shards), default=0.0)
         return figures
 
@@ -202,6 +203,7 @@ class Telemetry:
                 "pending_updates": report.pending_updates,
                 "unpublished": report.unpublished,
                 "editions": report.editions,
+                "publish_period": report.publish_period,
                 "replica_distance": finite(report.replica_distance),
                 "bytes_in": report.bytes_in,
                 "bytes_out": report.bytes_out,

@@ -107,6 +107,7 @@ class Push(Message, frozen=True, kw_only=True, tag="push"):
     step: Count  # the worker's clock: steps that it has finished, this one included
     updates: tuple[BlockUpdate, ...]
     wants: tuple[Want, ...] = ()
+    is_pull_slow: bool = False  # its exchanges take longer than its computation, for what they bring
 
 
 class Acknowledged(Struct, frozen=True, array_like=True):
@@ -358,6 +359,7 @@ class ShardReport(Struct, frozen=True, array_like=True, tag="shard-report"):
     unpublished: Count = 0  # blocks with updates that no edition holds yet, now
     editions: Count = 0  # published, over all blocks
     replica_distance: float = 0.0  # |weights - published| / |weights|, now
+    publish_period: Count = 0  # updates of a block between two editions, the longest now; 0: every version is one
 
 
 class WorkerReport(Struct, frozen=True, array_like=True, tag="worker-report"):

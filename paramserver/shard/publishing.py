@@ -5,9 +5,10 @@ shard no arithmetic, and a worker's download does not grow with the number of wo
 stays in `weights - published` and is in the next delta, so nothing drifts (error feedback for free).
 
 A replica is published every `ceil(active pushers / 2)` updates (fresher costs bytes, staler costs loss), when a
-timer says so, and hence at the end. A block that hardly moves is held back for some periods: it is neither encoded nor
-pulled meanwhile. Workers apply deltas in order, one at a time: a merged delta would round
-differently, and replicas would stop being bit-identical.
+timer says so, and hence at the end. Two pushers that say that pulls hold them up make the period one longer, so where
+all do, it is as many updates as there are pushers: one delta a worker step. A block that hardly moves is held back
+for some periods: it is neither encoded nor pulled meanwhile. Workers apply deltas in order, one at a time: a merged
+delta would round differently, and replicas would stop being bit-identical.
 """
 
 from __future__ import annotations
@@ -70,8 +71,10 @@ class Publishing(ABC):
     def staleness(self, block: HeldBlock, edition: int) -> int:
         """Versions applied since that edition. Raises UnknownEditionError."""
 
-    def saw_push(self, block: HeldBlock, worker: str) -> None:  # noqa: B027  (fresh weights count no pushers)
-        """The worker pushed an update of the block, perhaps not yet applied."""
+    def saw_push(  # noqa: B027  (fresh weights count no pushers)
+        self, block: HeldBlock, worker: str, is_pull_slow: bool
+    ) -> None:
+        """The worker pushed an update of the block, perhaps not yet applied; `is_pull_slow` as it said in its push."""
 
     def applied(self, block: HeldBlock, period: int | None) -> None:  # noqa: B027
         """The block has a new version. `period`: publish after so many; None: the number of pushers decides."""
@@ -89,6 +92,10 @@ class Publishing(ABC):
 
     def editions(self) -> int:
         """Editions published so far, over all blocks."""
+        return 0
+
+    def period(self) -> int:
+        """Updates of a block between two editions, of the block with the longest period; 0: every version is one."""
         return 0
 
     def replica_distance(self) -> float:
@@ -128,8 +135,8 @@ class PublishedBlock:
     """The published replica of one block, its bounded log of deltas, and when it is due."""
 
     __slots__ = (
-        "_first_edition", "_last_push", "_versions", "distance", "edition", "held", "is_still", "log", "log_bytes",
-        "since", "unseen", "values", "waiting_since",
+        "_first_edition", "_last_push", "_slow", "_versions", "distance", "edition", "held", "is_still", "log",
+        "log_bytes", "period", "since", "unseen", "values", "waiting_since",
     )  # fmt: skip
 
     def __init__(self, weights: Float32, version: int) -> None:
@@ -140,6 +147,7 @@ class PublishedBlock:
         self.log: deque[Bytes] = deque()  # the deltas that made editions edition - len(log) + 1 ... edition
         self.log_bytes = 0
         self.since = 0  # updates of this period
+        self.period = 1  # updates between two editions, as it is now
         self.unseen = 0  # updates that no edition holds yet
         self.is_still = False  # it hardly moved when last measured
         self.held = 0  # periods in turn in which it was not published for that
@@ -148,6 +156,7 @@ class PublishedBlock:
         self._first_edition = 0
         self._versions = array("q", [version])  # of editions from _first_edition on
         self._last_push: dict[str, int] = {}
+        self._slow: set[str] = set()  # pushers whose pulls hold them up
 
     def version_at(self, edition: int) -> int:
         """The block's version when this edition was published; of a forgotten one, the oldest that is known."""
@@ -155,15 +164,20 @@ class PublishedBlock:
             raise UnknownEditionError(f"edition {edition} was never published, the last is {self.edition}")
         return self._versions[max(0, edition - self._first_edition)]
 
-    def saw_push(self, worker: str, version: int) -> None:
+    def saw_push(self, worker: str, version: int, is_pull_slow: bool) -> None:
         self._last_push[worker] = version
+        if is_pull_slow:
+            self._slow.add(worker)
+        else:
+            self._slow.discard(worker)
 
-    def active_pushers(self, version: int) -> int:
-        """Workers that pushed this block lately; one that is gone stops counting."""
+    def follow_pushers(self, version: int) -> int:
+        """The period that suits the workers that pushed this block lately; one that is gone stops counting."""
         oldest = version - ACTIVE_ROUNDS * len(self._last_push)
         for worker in [name for name, last in self._last_push.items() if last <= oldest]:
             del self._last_push[worker]
-        return len(self._last_push)
+            self._slow.discard(worker)
+        return max(1, math.ceil(len(self._last_push) / 2) + len(self._slow) // 2)
 
     def append(self, frame: Bytes, version: int, log_limit: int) -> None:
         """A new edition, made by this delta. The log keeps at most `log_limit` bytes."""
@@ -226,17 +240,15 @@ class PublishedDeltas(Publishing):
     def staleness(self, block: HeldBlock, edition: int) -> int:
         return block.version - self._replicas[block.index].version_at(edition)
 
-    def saw_push(self, block: HeldBlock, worker: str) -> None:
-        self._replicas[block.index].saw_push(worker, block.version)
+    def saw_push(self, block: HeldBlock, worker: str, is_pull_slow: bool) -> None:
+        self._replicas[block.index].saw_push(worker, block.version, is_pull_slow)
 
     def applied(self, block: HeldBlock, period: int | None) -> None:
         replica = self._replicas[block.index]
         replica.since += 1
         replica.unseen += 1
-        every = self._every or period
-        if every is None:
-            every = max(1, math.ceil(replica.active_pushers(block.version) / 2))
-        if replica.since < every:
+        replica.period = self._every or period or replica.follow_pushers(block.version)
+        if replica.since < replica.period:
             return
         if self._is_held_back(block, replica):
             replica.since = 0
@@ -304,6 +316,9 @@ class PublishedDeltas(Publishing):
 
     def editions(self) -> int:
         return sum(replica.edition for replica in self._replicas.values())
+
+    def period(self) -> int:
+        return max((replica.period for replica in self._replicas.values()), default=0)
 
     def replica_distance(self) -> float:
         self._measure()

@@ -179,6 +179,7 @@ class ShardServer:
             unpublished=serving.publishing.unpublished(),
             editions=serving.publishing.editions(),
             replica_distance=serving.publishing.replica_distance(),
+            publish_period=serving.publishing.period(),
             workers=tuple(sorted({worker for worker, _ in serving.peers.values()}))[:MOST_NAMES],
             handshake_failures=self._listener.handshake_failures,
         )

@@ -17,6 +17,7 @@ from paramserver.encoding.adaptive.planning import choose
 from paramserver.encoding.base import Bytes, Encoding, EncodingError, EncodingOptions, Float32, register
 
 DEFAULT_ERROR = 0.6
+DEFAULT_ERROR_LIMIT = 0.8  # where the wire is the bottleneck
 
 Levels = npt.NDArray[np.uint8]
 Losses = npt.NDArray[np.float64]

@@ -1,7 +1,11 @@
-"""Choosing levels: the error that a byte saves decides, until the error is within its budget or the bytes are spent."""
+"""Choosing levels: the error that a byte saves decides, until the error is within its budget.
+
+Where bytes are short, until they are spent; but there is a bound on the error that this may leave.
+"""
 
 from __future__ import annotations
 
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -23,13 +27,20 @@ class Choice(NamedTuple):
 
 
 def choose(
-    losses: Losses, counts: Counts, tile: int, lowest: Levels, budget: float, byte_limit: int | None = None
+    losses: Losses,
+    counts: Counts,
+    tile: int,
+    lowest: Levels,
+    budget: float,
+    byte_limit: int | None = None,
+    most_left: float = inf,
 ) -> Choice:
     """The levels whose losses (segments, LEVELS) come down to `budget` in the fewest bytes, or as near as these allow.
 
     Greedy over the lower convex hulls of all segments, which is best but for the last step. `counts` (segments,) are
-    elements. `lowest` (segments,) are levels that a segment gets in any case, whatever the bytes. A segment whose
-    loss is not finite gets int8: its frame will be refused, as that of any encoding.
+    elements. `lowest` (segments,) are levels that a segment gets in any case, whatever the bytes. No more than
+    `most_left` (at least `budget`) is left, whatever the bytes. A segment whose loss is not finite gets int8: its
+    frame will be refused, as that of any encoding.
     """
     from paramserver.encoding.adaptive import kernels
 
@@ -48,9 +59,13 @@ def choose(
     fixed = sum(level_bytes(int(levels[segment]), int(counts[segment]), tile) for segment in given)
     left = present - np.cumsum(saved[order])  # after each step
     spent = fixed + np.cumsum(cost[order])
-    taken = 0 if present <= budget else 1 + int(np.searchsorted(-left, -budget))
+
+    def steps_to(wanted: float) -> int:
+        return 0 if present <= wanted else 1 + int(np.searchsorted(-left, -wanted))
+
+    taken = steps_to(budget)
     if byte_limit is not None:
-        taken = min(taken, int(np.searchsorted(spent, byte_limit, side="right")))
+        taken = min(taken, max(steps_to(most_left), int(np.searchsorted(spent, byte_limit, side="right"))))
     taken = min(taken, order.size)
     # A segment's later steps come later in the order and lead to higher levels.
     np.maximum.at(levels, segments[order[:taken]], reached[order[:taken]])

@@ -1,14 +1,13 @@
 """Which segments of a worker's step get how many bits: state and decision, apart from the encoding.
 
 The error that may be left is measured against a moving average of what there was to send in a step, over all blocks:
-a quiet step sends little, a loud one much. A segment that is skipped keeps everything in the residual, so it gets
-louder; one that was skipped `longest_wait` times in turn goes out whatever it costs, or its residual could grow too
-old for the weights that it was meant for.
+a quiet step sends little, a loud one much. Where a thin wire grants a step fewer bytes, more is left, up to a bound.
+A segment that is skipped keeps everything in the residual, so it gets louder; one that was skipped `longest_wait`
+times in turn goes out whatever it costs, or its residual could grow too old for the weights that it was meant for.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paramserver.encoding.adaptive.constants import LEVELS, SEGMENT, SIGN, SKIP, segments_of
-from paramserver.encoding.adaptive.member import DEFAULT_ERROR, Adaptive, Levels, Losses
+from paramserver.encoding.adaptive.member import DEFAULT_ERROR, DEFAULT_ERROR_LIMIT, Adaptive, Levels, Losses
 from paramserver.encoding.adaptive.planning import choose
 from paramserver.encoding.base import Bytes, EncodingOptions, Float32
 
@@ -65,6 +64,7 @@ class BitPolicy:
         elements: of every block that is pushed by this policy.
         tile: of the scales.
         error: the root of the share of the squares that may stay behind.
+        error_limit: the same where bytes are limited: that much may stay behind, and no more.
         longest_wait: so many times in turn a segment may be skipped; 0 never.
     """
 
@@ -73,14 +73,17 @@ class BitPolicy:
         elements: Mapping[int, int],
         tile: int,
         error: float = DEFAULT_ERROR,
+        error_limit: float = DEFAULT_ERROR_LIMIT,
         longest_wait: int = LONGEST_WAIT,
     ) -> None:
         if not 0 < error < 1:
             raise ValueError(f"error {error} is not between 0 and 1")
+        if not error <= error_limit < 1:
+            raise ValueError(f"error_limit {error_limit} is not between error {error} and 1")
         if longest_wait < 0:
             raise ValueError(f"longest_wait {longest_wait} is negative")
         self.encoding = Adaptive(EncodingOptions(tile=tile))
-        self._error = error
+        self._error, self._error_limit = error, error_limit
         self._longest_wait = longest_wait
         self._average: float | None = None
         self._skipped: dict[int, npt.NDArray[np.int64]] = {}
@@ -94,8 +97,9 @@ class BitPolicy:
     def plan(self, parts: Mapping[int, Part], byte_limit: int | None = None) -> Plan:
         """Decide what a step sends of these blocks; counts as one round for each of their segments.
 
-        `byte_limit` is for all frames together; segments that have waited long enough go out beyond it. Nothing is
-        encoded yet, and no array changes. Values that are not finite are planned at int8, and are refused as ever.
+        `byte_limit` is for all frames together. Beyond it go segments that have waited long enough, and as many bytes
+        as it takes to leave no more than `error_limit` allows. Nothing is encoded yet, and no array changes. Values
+        that are not finite are planned at int8, and are refused as ever.
         """
         blocks = sorted(parts)
         losses = [self.encoding.losses(*parts[block]) for block in blocks]
@@ -105,13 +109,15 @@ class BitPolicy:
         energy = found[:, SKIP]
         lowest = np.where((skipped >= self._longest_wait) & (energy > 0), SIGN, SKIP).astype(np.uint8)
         total = float(energy[np.isfinite(energy)].sum())
-        budget = self._error**2 * self._follow(total)
+        usual = self._follow(total)
+        budget = self._error**2 * usual
         choice = choose(found, counts, self.encoding.tile, lowest, budget)
         wanted = choice.frame_bytes + _level_bytes(choice.levels, losses)
         if byte_limit is not None and wanted > byte_limit:
             # The level bytes are few; a block that goes out for the first segment of it pays for all of them.
             limit = max(0, byte_limit - len(found))
-            choice = choose(found, counts, self.encoding.tile, lowest, budget, limit)
+            most_left = self._error_limit**2 * usual
+            choice = choose(found, counts, self.encoding.tile, lowest, budget, limit, most_left)
         chosen: dict[int, Levels] = {}
         first = 0
         for block, rows in zip(blocks, losses, strict=True):
@@ -142,36 +148,3 @@ def _level_bytes(levels: Levels, losses: Sequence[Losses]) -> int:
         total += len(rows) if levels[first : first + len(rows)].any() else 0
         first += len(rows)
     return total
-
-
-class WireLimit:
-    """How many bytes a step may push so that the exchange takes no longer than the computation.
-
-    Bandwidth is the best seen lately: an exchange may be slow for other reasons, but is never faster than the wire.
-    """
-
-    def __init__(self, remembered: int = 16) -> None:
-        self._remembered = remembered
-        self._rates: list[float] = []  # bytes a second, newest last
-        self._is_slow = False
-
-    def observe(self, push_bytes: int, pull_bytes: int, exchange_seconds: float, compute_seconds: float) -> None:
-        """Take in one exchange: from its first byte sent to its last answer, and the step's computation."""
-        self._is_slow = exchange_seconds > compute_seconds
-        # Where more comes than goes, the time says nothing of the way out.
-        if push_bytes >= pull_bytes and exchange_seconds > 0:
-            self._rates = [*self._rates, push_bytes / exchange_seconds][-self._remembered :]
-
-    def bytes(
-        self, compute_seconds: float, lag_versions: float = 0.0, usual_lag_versions: float = math.inf
-    ) -> int | None:
-        """The limit for the next step, or None where the wire is no bottleneck.
-
-        `lag_versions` is how stale the worker's updates arrive; where that is more than usual, the limit is lower
-        in the same proportion.
-        """
-        is_late = lag_versions > usual_lag_versions
-        if not self._rates or not (self._is_slow or is_late):
-            return None
-        allowed = max(self._rates) * compute_seconds
-        return int(allowed * usual_lag_versions / lag_versions) if is_late else int(allowed)
