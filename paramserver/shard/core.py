@@ -248,7 +248,7 @@ class ShardCore:
             raise Refused("unknown-edition", f"block {update.block}: {error}") from None
         except EncodingError as error:
             raise Refused(error.code, f"block {update.block}: {error}") from None
-        serving.publishing.saw_push(block, push.worker)
+        serving.publishing.saw_push(block, push.worker, push.is_pull_slow)
         serving.policy.absorb(block, push.worker, encoding, frame, staleness)
         block.marks.advance(push.worker, push.incarnation, update.sequence)
         telemetry = serving.telemetry

@@ -14,6 +14,7 @@ from paramserver.protocol.messages import (
     BlockUpdate,
     Hello,
     Initialise,
+    Member,
     Message,
     Pull,
     Pulled,
@@ -43,10 +44,8 @@ class Cluster:
             "pull": {"encoding": encoding, "fresh": False, **pull},
         }
         self.core = ShardCore("shard-0")
-        order = ShardOrder(
-            job="job", specification=json.dumps(specification), term=1, phase=0, layout=LAYOUT, blocks=(0, 1)
-        )
-        self.core.take_order(order)
+        self.specification = json.dumps(specification)
+        self.order()
         first = np.random.default_rng(0).normal(0, 0.1, ELEMENTS).astype(np.float32)
         frames = [memoryview(first.tobytes()), memoryview(bytes(4 * 30))]
         self.send("w0", Initialise(request=1, job="job", term=1, layout=LAYOUT.fingerprint, blocks=(0, 1)), frames)
@@ -60,6 +59,18 @@ class Cluster:
 
     def send(self, worker: str, message: Message, frames: list[memoryview] | None = None) -> list[Reply]:
         return self.core.handle(worker.encode(), message, frames or [])
+
+    def order(self, *members: str) -> None:
+        order = ShardOrder(
+            job="job",
+            specification=self.specification,
+            term=1,
+            phase=0,
+            layout=LAYOUT,
+            blocks=(0, 1),
+            members=tuple(Member(name, 1) for name in members),
+        )
+        self.core.take_order(order)
 
     @property
     def publishing(self) -> PublishedDeltas:
@@ -76,14 +87,17 @@ class Cluster:
         assert self.core.serving is not None
         return self.core.serving.blocks[0].weights
 
-    def push(self, worker: str, seed: int = 0, edition: int | None = None, scale: float = 1.0) -> list[Reply]:
+    def push(
+        self, worker: str, seed: int = 0, edition: int | None = None, scale: float = 1.0, is_pull_slow: bool = False
+    ) -> list[Reply]:
         """A random gradient of the matrix."""
         self.sequences[worker] += 1
         gradient = np.random.default_rng(seed).normal(0, scale, ELEMENTS).astype(np.float32)
         held = max(0, self.editions[worker]) if edition is None else edition
         update = BlockUpdate(0, self.sequences[worker], held, "fp32")
         head = {"request": 2, "job": "job", "term": 1, "worker": worker, "incarnation": 1}
-        return self.send(worker, Push(**head, step=1, updates=(update,)), [memoryview(gradient.tobytes())])  # type: ignore[arg-type]
+        message = Push(**head, step=1, updates=(update,), is_pull_slow=is_pull_slow)  # type: ignore[arg-type]
+        return self.send(worker, message, [memoryview(gradient.tobytes())])
 
     def ask(self, worker: str, source: str = "replica", have: int | None = None) -> Reply:
         head = {"request": 3, "job": "job", "term": 1, "worker": worker, "incarnation": 1}
@@ -145,6 +159,40 @@ def test_an_edition_comes_after_half_the_active_pushers(pushers: int, period: in
     for turn in range(period * pushers):
         cluster.push(cluster.names[turn % pushers], turn)
     assert cluster.published.edition - before == pushers
+
+
+@pytest.mark.parametrize(
+    ("pushers", "slow", "period"), [(1, 1, 1), (2, 1, 1), (2, 2, 2), (3, 3, 3), (4, 2, 3), (8, 3, 5), (8, 8, 8)]
+)
+def test_pushers_whose_pulls_are_slow_lengthen_the_period_to_at_most_their_number(
+    pushers: int, slow: int, period: int
+) -> None:
+    cluster = Cluster(workers=8)
+    for turn in range(20 * pushers):
+        cluster.push(cluster.names[turn % pushers], turn, is_pull_slow=turn % pushers < slow)
+    assert cluster.publishing.period() == period
+    for turn in range(20 * pushers):
+        cluster.push(cluster.names[turn % pushers], turn)
+    assert cluster.publishing.period() == max(1, -(-pushers // 2)), "and back, when they say so no more"
+
+
+def test_a_slow_worker_that_is_gone_lengthens_no_period() -> None:
+    cluster = Cluster(workers=8)
+    for turn in range(40):
+        cluster.push(cluster.names[turn % 4], turn, is_pull_slow=True)
+    for turn in range(200):
+        cluster.push(cluster.names[turn % 2], turn)
+    assert cluster.publishing.period() == 1
+
+
+def test_the_same_pushes_make_the_same_editions_whoever_is_slow() -> None:
+    def editions() -> list[bytes]:
+        cluster = Cluster("coded", workers=4)
+        for turn, number in enumerate(np.random.default_rng(3).integers(0, 4, 60)):
+            cluster.push(cluster.names[number], turn, is_pull_slow=turn > 20 and number < 3)
+        return [frame.tobytes() for frame in cluster.published.log]
+
+    assert editions() == editions()
 
 
 def test_a_worker_that_is_gone_stops_counting_as_a_pusher() -> None:
