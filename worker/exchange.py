@@ -60,6 +60,7 @@ class Codec:
     encodings: Sequence[Encoding]  # (blocks,)
     deadline_seconds: float = 5.0
     error: float = 0.6  # adaptive: the root of the share of the squares that may stay behind
+    error_limit: float = 0.8  # the same where the wire is what a step waits for
 
 
 class Exchange:
@@ -87,7 +88,9 @@ class Exchange:
         is_resumed: bool = False,
     ) -> None:
         self._pool = BufferPool()
-        self._encoder = UpdateEncoder(replica.layout, codec.encodings, self._pool, codec.error, replica.devices)
+        self._encoder = UpdateEncoder(
+            replica.layout, codec.encodings, self._pool, codec.error, replica.devices, codec.error_limit
+        )
         self.residuals = self._encoder.residuals
         self._transport = transport
         self._identity = identity
@@ -121,7 +124,8 @@ class Exchange:
         Returns when everything is encoded and on its way, so the gradients may change. `editions` (blocks,)
         are those that the gradients were computed on; `step` counts the worker's finished steps, this one
         included, and `computing_seconds` is what its computation took: where exchanges take longer, an adaptive
-        encoding sends less. What was in flight must be settled. Raises what the guard raises, and JobFailure.
+        encoding sends less, and shards publish less often. What was in flight must be settled. Raises what the guard
+        raises, and JobFailure.
         """
         views = self._replica.gradients(gradients)
         self._encoder.plan(views, self._pace.byte_limit(computing_seconds))
@@ -254,7 +258,7 @@ class Exchange:
             sequence = self._sequences[block] = self._sequences[block] + 1
             updates.append(BlockUpdate(block, sequence, max(int(editions[block]), 0), encoding.identifier))
         return Request(
-            Push(**self._head(step), updates=tuple(updates), wants=wants),
+            Push(**self._head(step), updates=tuple(updates), wants=wants, is_pull_slow=self._pace.is_pull_slow),
             frames,
             undecided={block: position for position, block in enumerate(blocks)},
             awaited={want.block for want in wants},
