@@ -12,7 +12,7 @@ The worker process is built on the same Replica and Exchange.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -33,21 +33,31 @@ from worker.stages import from_module
 class Attached:
     """A model whose parameters live on shards. Used from one thread. Made by `attach`."""
 
-    def __init__(self, replica: Replica, exchange: Exchange, counters: Counters, owned: Transport | None) -> None:
+    def __init__(
+        self,
+        replica: Replica,
+        exchange: Exchange,
+        counters: Counters,
+        owned: Transport | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.replica = replica
         self.counters = counters
         self._exchange = exchange
         self._owned = owned
+        self._clock = clock
         self._editions = replica.editions.copy()
+        self._returned_at = clock()  # from the last call: what comes before the next push is computation
 
     def initialise(self) -> None:
         """Give the shards the model's present values as the first ones; the same values may be given again."""
         self._exchange.initialise()
+        self._returned_at = self._clock()
 
     def pull(self) -> None:
         """Write the shards' present values into the model, and wait for it."""
         self._exchange.pull(self.counters.steps)
-        self._editions = self.replica.editions.copy()
+        self._hand_over()
 
     def evaluate(self) -> None:
         """Write the shards' own weights into the model, at full precision, to evaluate or to keep it.
@@ -60,12 +70,15 @@ class Attached:
         """Push gradients by parameter name, computed on what the last call left in the model.
 
         Waits until they are acknowledged and fresh values are written into the model. A refused update is
-        held back and goes out with the next one. Raises JobFailure where the shards refuse for good.
+        held back and goes out with the next one. The time since the last call counts as the step's computation:
+        where exchanges take longer, `adaptive` sends less, and shards publish less often. Raises JobFailure where
+        the shards refuse for good.
         """
+        computing_seconds = self._clock() - self._returned_at
         self.counters.steps += 1
-        self._exchange.begin(gradients, self._editions, self.counters.steps)
+        self._exchange.begin(gradients, self._editions, self.counters.steps, computing_seconds)
         self._exchange.settle()
-        self._editions = self.replica.editions.copy()
+        self._hand_over()
 
     def close(self) -> None:
         """Flush what encodings hold back, then disconnect."""
@@ -73,6 +86,11 @@ class Attached:
             self._exchange.flush(self.counters.steps)
         finally:
             self._disconnect()
+
+    def _hand_over(self) -> None:
+        """The model is the caller's again, to compute on."""
+        self._editions = self.replica.editions.copy()
+        self._returned_at = self._clock()
 
     def _disconnect(self) -> None:
         self._exchange.close()
@@ -136,7 +154,7 @@ def attach(
         ),
         term,
         replica,
-        Codec(push.encodings(replica.layout), push.deadline_seconds, push.error),
+        Codec(push.encodings(replica.layout), push.deadline_seconds, push.error, push.error_limit),
         counters,
     )
     return Attached(replica, exchange, counters, owned)

@@ -12,7 +12,7 @@ from worker_rig import SHAPES, Rig, make_gradients, total
 from paramserver.protocol.memory import MemoryNetwork
 from paramserver.protocol.messages import Push
 from worker.counters import Counters
-from worker.pace import Pace
+from worker.pace import CONVINCING, Pace
 
 
 def held_and_applied(rig: Rig, block: int) -> np.ndarray:
@@ -63,19 +63,20 @@ def test_a_step_of_zeros_sends_no_update_of_an_adaptive_block() -> None:
     assert rig.updates() == 1, "the bias, which goes at full precision"
 
 
-@pytest.mark.parametrize(("exchange_seconds", "is_limited"), [(0.5, False), (4.0, True)])
-def test_bytes_are_limited_where_exchanges_take_longer_than_the_computation(
-    exchange_seconds: float, is_limited: bool
-) -> None:
-    pace, counters = Pace(1), Counters()
+def observe(pace: Pace, seconds: float, pushed: int, pulled: int, computing_seconds: float = 1.0) -> None:
+    """One exchange that is waited for to its end."""
+    counters = Counters()
+    pace.begin(10.0, counters, computing_seconds)
+    counters.push_bytes, counters.pull_bytes = pushed, pulled
+    pace.end(10.0 + seconds, counters, waited_seconds=seconds)
+
+
+def test_a_step_may_push_what_the_wire_carries_while_it_computes() -> None:
+    pace = Pace(1)
     assert pace.byte_limit(1.0) is None, "nothing is known yet"
-    pace.begin(10.0, counters, 1.0)
-    counters.push_bytes, counters.pull_bytes = 4000, 1000
-    pace.end(10.0 + exchange_seconds, counters, waited_seconds=exchange_seconds)
-    limit = pace.byte_limit(1.0)
-    assert (limit is not None) == is_limited
-    if limit is not None:
-        assert limit == pytest.approx(1000)
+    observe(pace, seconds=4.0, pushed=4000, pulled=1000)
+    assert pace.byte_limit(2.0) == pytest.approx(2000)
+    assert pace.byte_limit(0.0) == pytest.approx(1000), "what comes in takes as long"
     assert pace.byte_limit(inf) is None, "nobody says how long an exchange may take"
 
 
@@ -90,10 +91,8 @@ def test_an_exchange_whose_end_nobody_saw_says_nothing_of_the_wire() -> None:
 def test_updates_that_arrive_late_lower_the_limit() -> None:
     limits = []
     for late in (False, True):
-        pace, counters = Pace(1), Counters()
-        pace.begin(10.0, counters, 1.0)
-        counters.push_bytes = 4000
-        pace.end(14.0, counters, waited_seconds=4.0)
+        pace = Pace(1)
+        observe(pace, seconds=4.0, pushed=4000, pulled=0)
         version = 1
         for turn in range(200):
             version += 20 if late and turn > 190 else 2
@@ -102,3 +101,30 @@ def test_updates_that_arrive_late_lower_the_limit() -> None:
         assert limit is not None
         limits.append(limit)
     assert limits[1] < limits[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "pushed", "pulled", "is_slow"),
+    [(2.0, 1000, 2000, True), (2.0, 2000, 1000, False), (0.9, 1000, 2000, False)],
+)
+def test_pulls_are_slow_where_exchanges_are_and_more_comes_than_goes(
+    seconds: float, pushed: int, pulled: int, is_slow: bool
+) -> None:
+    pace = Pace(1)
+    for _ in range(CONVINCING - 1):
+        observe(pace, seconds, pushed, pulled)
+    assert not pace.is_pull_slow, "one exchange or two may be slow by chance"
+    observe(pace, seconds, pushed, pulled)
+    assert pace.is_pull_slow == is_slow
+
+
+def test_pulls_stay_slow_until_twice_as_much_would_be_quick() -> None:
+    pace = Pace(1)
+    for _ in range(CONVINCING):
+        observe(pace, 2.0, 1000, 2000)
+    for _ in range(10):
+        observe(pace, 0.9, 1000, 1000)  # what half as much takes
+    assert pace.is_pull_slow
+    for _ in range(CONVINCING):
+        observe(pace, 0.4, 1000, 1000)
+    assert not pace.is_pull_slow
