@@ -108,6 +108,7 @@ class Serving:
         warm_up(self.optimizer, {self.fp32, *self.push_encodings})
         warm_up_publishing(self.job.pull, set(self.pull_encodings))
         self.telemetry = Telemetry()
+        self.has_trained = False  # some worker was a member; without a coordinator nobody ever is
         self.peers: dict[bytes, tuple[str, int]] = {}  # who said Hello: (worker, incarnation)
         self.sweep_at = SWEEP_PEERS
         self.parked: dict[bytes, dict[int, Pull | Push]] = {}  # by peer and request: a repeated one takes its place
@@ -169,6 +170,8 @@ class ShardCore:
             del serving.blocks[index]
             serving.publishing.forget(index)
         serving.order = order
+        serving.has_trained = serving.has_trained or bool(order.members)
+        serving.publishing.rest(serving.has_trained and not order.members)
         serving.policy.set_members([member.worker for member in order.members])
         return self._release(serving)
 

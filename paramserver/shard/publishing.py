@@ -83,11 +83,14 @@ class Publishing(ABC):
     def value(self, block: HeldBlock, have: int, room: int, pool: BufferPool, memory: FrameMemory | None) -> Value:
         """What is new for one that holds edition `have`, -1 for none, in at most `room` (at least 1) frames."""
 
+    def rest(self, is_resting: bool) -> None:  # noqa: B027  (nothing is left behind by fresh weights)
+        """Whether training pauses or is over: what is published now is for the time being the last."""
+
     def publish_due(self, now: float) -> None:  # noqa: B027  (nothing is due with fresh weights)
         """Publish what has waited for longer than the timer allows."""
 
     def unpublished(self) -> int:
-        """Blocks with updates that no edition holds yet."""
+        """Blocks with updates that no edition holds yet, or only coarsely while nobody trains."""
         return 0
 
     def editions(self) -> int:
@@ -135,8 +138,8 @@ class PublishedBlock:
     """The published replica of one block, its bounded log of deltas, and when it is due."""
 
     __slots__ = (
-        "_first_edition", "_last_push", "_slow", "_versions", "distance", "edition", "held", "is_still", "log",
-        "log_bytes", "period", "since", "unseen", "values", "waiting_since",
+        "_first_edition", "_last_push", "_slow", "_versions", "distance", "edition", "held", "is_coarse", "is_still",
+        "log", "log_bytes", "period", "since", "unseen", "values", "waiting_since",
     )  # fmt: skip
 
     def __init__(self, weights: Float32, version: int) -> None:
@@ -150,6 +153,7 @@ class PublishedBlock:
         self.period = 1  # updates between two editions, as it is now
         self.unseen = 0  # updates that no edition holds yet
         self.is_still = False  # it hardly moved when last measured
+        self.is_coarse = False  # its last edition left what a finer step would bring
         self.held = 0  # periods in turn in which it was not published for that
         self.waiting_since: float | None = None  # when the timer first saw them
         self.distance = 0.0, 0.0  # |weights - values|^2 and |weights|^2, as last measured
@@ -221,6 +225,7 @@ class PublishedDeltas(Publishing):
         self._frame = np.empty(0, np.uint8)
         self._steps = StepPolicy()  # of `coded`: all blocks share one step
         self._measured = 0  # blocks whose distance was measured, in turn
+        self._is_resting = False
 
     def begin(self, block: HeldBlock) -> None:
         if block.index not in self._replicas:
@@ -269,13 +274,15 @@ class PublishedDeltas(Publishing):
             return replica.is_still and not replica.held
         return False
 
-    def _publish(self, block: HeldBlock, replica: PublishedBlock) -> None:
+    def _publish(self, block: HeldBlock, replica: PublishedBlock, is_last: bool = False) -> None:
         """Encode what the replica lacks, and take it in exactly as every worker will."""
         encoding = self._encodings[block.index]
         # The log's own frame, never changed again: the transport may still read it long after it left the log.
         if isinstance(encoding, Coded):
-            written = self._steps.publish(block.index, block.weights, replica.values, self._room(encoding, block))
-            frame = self._frame[:written].copy()  # it is far shorter than the room for it
+            room = self._room(encoding, block)
+            written = self._steps.publish(block.index, block.weights, replica.values, room, is_last)
+            frame = room[:written].copy()  # it is far shorter than the room for it
+            replica.is_coarse = not is_last
         else:
             frame = np.empty(encoding.frame_bytes(block.elements), np.uint8)
             scratch = self._delta[: block.elements]
@@ -301,18 +308,25 @@ class PublishedDeltas(Publishing):
         frame[:] = replica.values.view(np.uint8)
         return Value(replica.edition, "snapshot", _FP32.identifier, (frame,), (frame,))
 
+    def rest(self, is_resting: bool) -> None:
+        self._is_resting = is_resting
+
     def publish_due(self, now: float) -> None:
         for index, replica in self._replicas.items():
-            if not replica.unseen:
+            if not self._is_due(replica):
                 continue
             patience = STILL_PATIENCE * self._seconds if replica.is_still else self._seconds
             if replica.waiting_since is None:
                 replica.waiting_since = now
             elif now - replica.waiting_since >= patience:
-                self._publish(self._blocks[index], replica)
+                self._publish(self._blocks[index], replica, is_last=self._is_resting)
+
+    def _is_due(self, replica: PublishedBlock) -> bool:
+        """Whether a block waits for the timer. Equal changes below half a step would never come without the last."""
+        return replica.unseen > 0 or (self._is_resting and replica.is_coarse)
 
     def unpublished(self) -> int:
-        return sum(replica.unseen > 0 for replica in self._replicas.values())
+        return sum(map(self._is_due, self._replicas.values()))
 
     def editions(self) -> int:
         return sum(replica.edition for replica in self._replicas.values())

@@ -195,6 +195,38 @@ def test_the_same_pushes_make_the_same_editions_whoever_is_slow() -> None:
     assert editions() == editions()
 
 
+def test_what_is_published_when_training_is_over_brings_the_replica_to_the_weights() -> None:
+    distances = []
+    for is_over in (False, True):
+        cluster = Cluster("coded", workers=2)
+        cluster.order("w0", "w1")
+        for worker in cluster.names:
+            cluster.pull(worker)
+        for turn in range(10):
+            cluster.push(cluster.names[turn % 2], turn)
+        if is_over:
+            cluster.order()
+            cluster.order()  # said again, it means the same
+            assert cluster.core.publish_due(now=10.0) == 1, "draining waits for it"
+        else:
+            assert cluster.core.publish_due(now=10.0) == 0
+        assert cluster.core.publish_due(now=20.0) == 0
+        distances.append(float(np.linalg.norm(cluster.weights - cluster.published.values)))
+        assert cluster.pull("w0") == "deltas"
+        np.testing.assert_array_equal(cluster.values["w0"].view(np.uint32), cluster.published.values.view(np.uint32))
+    assert distances[1] < distances[0] / 8
+
+
+def test_a_pause_of_training_costs_no_edition_that_training_would_not() -> None:
+    cluster = Cluster("coded", workers=1)
+    cluster.push("w0")
+    before = cluster.published.edition
+    assert cluster.core.publish_due(now=10.0) == 0, "a script without a coordinator has no members, ever"
+    cluster.order("w0")
+    assert cluster.core.publish_due(now=20.0) == 0
+    assert cluster.published.edition == before
+
+
 def test_a_worker_that_is_gone_stops_counting_as_a_pusher() -> None:
     cluster = Cluster(workers=8)
     for turn in range(80):
