@@ -154,7 +154,9 @@ def attach(
         ),
         term,
         replica,
-        Codec(push.encodings(replica.layout), push.deadline_seconds, push.error, push.error_limit),
+        Codec(
+            push.encodings(replica.layout), push.deadline_seconds, push.error, push.error_limit, push.settling_updates
+        ),
         counters,
     )
     return Attached(replica, exchange, counters, owned)

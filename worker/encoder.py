@@ -38,6 +38,7 @@ class UpdateEncoder:
         devices: of the blocks whose gradients stay on one (`Replica.devices`). Where the encoding is none that a
             device can do, the block is encoded on the host: decided here, for good, and logged.
         error_limit: what may stay behind where bytes are limited.
+        settling_updates: of the model, over which both grow to their size.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class UpdateEncoder:
         error: float,
         devices: Mapping[int, torch.device] | None = None,
         error_limit: float = DEFAULT_ERROR_LIMIT,
+        settling_updates: int = 0,
     ) -> None:
         self._devices = _encoding_devices(layout, encodings, devices or {})
         self.residuals = ResidualStore(layout, self._devices)
@@ -58,17 +60,20 @@ class UpdateEncoder:
             block.index: block.elements for block in layout.blocks if isinstance(encodings[block.index], Adaptive)
         }
         tile = next((encodings[block].tile for block in planned), 64)
-        self._policy = BitPolicy(planned, tile, error, error_limit) if planned else None
+        self._policy = (
+            BitPolicy(planned, tile, error, error_limit, settling_updates=settling_updates) if planned else None
+        )
         self._planned = planned.keys()
         self._plan: Plan | None = None
 
     def encoding(self, block: int) -> Encoding:
         return self._encodings[block]
 
-    def plan(self, gradients: BlockGradients, byte_limit: int | None = None) -> None:
+    def plan(self, gradients: BlockGradients, byte_limit: int | None = None, updates: int = 0) -> None:
         """Decide what this step sends. Call once a step, before its blocks are encoded.
 
-        A block that sends nothing is held: its gradient is in its residual when this returns.
+        A block that sends nothing is held: its gradient is in its residual when this returns. `updates` is how many
+        the model has seen, of all workers.
         """
         self._plan = None
         if self._policy is None:
@@ -76,7 +81,7 @@ class UpdateEncoder:
         parts = {
             block: Part(gradients[block], self._residual_here(block)) for block in self._planned if block in gradients
         }
-        self._plan = self._policy.plan(parts, byte_limit)
+        self._plan = self._policy.plan(parts, byte_limit, updates)
         for block, part in parts.items():
             if block not in self._plan.levels:
                 self._plan.hold(part)

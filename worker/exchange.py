@@ -61,6 +61,7 @@ class Codec:
     deadline_seconds: float = 5.0
     error: float = 0.6  # adaptive: the root of the share of the squares that may stay behind
     error_limit: float = 0.8  # the same where the wire is what a step waits for
+    settling_updates: int = 0  # of the model, over which both grow to their size
 
 
 class Exchange:
@@ -89,7 +90,13 @@ class Exchange:
     ) -> None:
         self._pool = BufferPool()
         self._encoder = UpdateEncoder(
-            replica.layout, codec.encodings, self._pool, codec.error, replica.devices, codec.error_limit
+            replica.layout,
+            codec.encodings,
+            self._pool,
+            codec.error,
+            replica.devices,
+            codec.error_limit,
+            codec.settling_updates,
         )
         self.residuals = self._encoder.residuals
         self._transport = transport
@@ -128,7 +135,7 @@ class Exchange:
         raises, and JobFailure.
         """
         views = self._replica.gradients(gradients)
-        self._encoder.plan(views, self._pace.byte_limit(computing_seconds))
+        self._encoder.plan(views, self._pace.byte_limit(computing_seconds), self._pace.updates)
         self._pace.begin(self._clock(), self._counters, computing_seconds)
         touched: set[str] = set()
 

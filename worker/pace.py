@@ -37,6 +37,11 @@ class Pace:
         """Whether exchanges take longer than the computation, and for what they bring rather than what they push."""
         return self._is_pull_slow
 
+    @property
+    def updates(self) -> int:
+        """How many updates the model had seen, of all workers, when one of this worker was applied last."""
+        return int(self._versions.max())
+
     def byte_limit(self, computing_seconds: float) -> int | None:
         """What the next step may push, in bytes; None where nothing is known."""
         if computing_seconds == inf:

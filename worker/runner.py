@@ -264,7 +264,7 @@ class JobWork:
             Identity(order.job, self._name, self._state.incarnation, layout.fingerprint),
             order.term,
             self._replica,
-            Codec(push.encodings(layout), push.deadline_seconds, push.error, push.error_limit),
+            Codec(push.encodings(layout), push.deadline_seconds, push.error, push.error_limit, push.settling_updates),
             self._state.counters,
             self._guard,
             is_resumed=self._is_resumed,

@@ -311,6 +311,19 @@ def test_short_of_bytes_more_is_left_but_no_more_than_the_limit(byte_limit: int 
         assert energy(residual) == pytest.approx(plan.left, rel=0.05)
 
 
+def test_the_first_updates_of_a_model_are_sent_finely() -> None:
+    def left(updates: int) -> float:
+        policy = BitPolicy({0: 200 * SEGMENT}, 64, error=0.6, longest_wait=1000, settling_updates=100)
+        zeros = np.zeros(200 * SEGMENT, np.float32)
+        plan = policy.plan({0: Part(uneven(200 * SEGMENT, 1), zeros)}, None, updates)
+        return plan.left / plan.total
+
+    assert left(0) < 0.001
+    assert 0.9 * 0.09 < left(49) <= 0.09
+    assert 0.9 * 0.36 < left(99) <= 0.36
+    assert left(10_000) == left(99)
+
+
 def test_the_same_rounds_give_the_same_plans() -> None:
     def rounds() -> list[bytes]:
         policy, residuals = BitPolicy({0: 30_000}, 64), {0: np.zeros(30_000, np.float32)}

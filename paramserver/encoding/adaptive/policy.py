@@ -2,8 +2,10 @@
 
 The error that may be left is measured against a moving average of what there was to send in a step, over all blocks:
 a quiet step sends little, a loud one much. Where a thin wire grants a step fewer bytes, more is left, up to a bound.
-A segment that is skipped keeps everything in the residual, so it gets louder; one that was skipped `longest_wait`
-times in turn goes out whatever it costs, or its residual could grow too old for the weights that it was meant for.
+The first updates of a model are sent finely: they shape what every later one is measured by, and a few coarse ones
+cost more loss than all that come after. A segment that is skipped keeps everything in the residual, so it gets louder;
+one that was skipped `longest_wait` times in turn goes out whatever it costs, or its residual could grow too old for the
+weights that it was meant for.
 """
 
 from __future__ import annotations
@@ -66,6 +68,7 @@ class BitPolicy:
         error: the root of the share of the squares that may stay behind.
         error_limit: the same where bytes are limited: that much may stay behind, and no more.
         longest_wait: so many times in turn a segment may be skipped; 0 never.
+        settling_updates: of the model, over which what may stay behind grows from nothing to these bounds.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class BitPolicy:
         error: float = DEFAULT_ERROR,
         error_limit: float = DEFAULT_ERROR_LIMIT,
         longest_wait: int = LONGEST_WAIT,
+        settling_updates: int = 0,
     ) -> None:
         if not 0 < error < 1:
             raise ValueError(f"error {error} is not between 0 and 1")
@@ -85,6 +89,7 @@ class BitPolicy:
         self.encoding = Adaptive(EncodingOptions(tile=tile))
         self._error, self._error_limit = error, error_limit
         self._longest_wait = longest_wait
+        self._settling_updates = settling_updates
         self._average: float | None = None
         self._skipped: dict[int, npt.NDArray[np.int64]] = {}
         first = 0
@@ -94,9 +99,10 @@ class BitPolicy:
             self._skipped[block] = places % (longest_wait + 1)
             first += len(places)
 
-    def plan(self, parts: Mapping[int, Part], byte_limit: int | None = None) -> Plan:
+    def plan(self, parts: Mapping[int, Part], byte_limit: int | None = None, updates: int = 0) -> Plan:
         """Decide what a step sends of these blocks; counts as one round for each of their segments.
 
+        `updates` is how many the model has seen, of all workers.
         `byte_limit` is for all frames together. Beyond it go segments that have waited long enough, and as many bytes
         as it takes to leave no more than `error_limit` allows. Nothing is encoded yet, and no array changes. Values
         that are not finite are planned at int8, and are refused as ever.
@@ -109,7 +115,8 @@ class BitPolicy:
         energy = found[:, SKIP]
         lowest = np.where((skipped >= self._longest_wait) & (energy > 0), SIGN, SKIP).astype(np.uint8)
         total = float(energy[np.isfinite(energy)].sum())
-        usual = self._follow(total)
+        settled = min(1.0, (updates + 1) / self._settling_updates) if self._settling_updates else 1.0
+        usual = settled**2 * self._follow(total)
         budget = self._error**2 * usual
         choice = choose(found, counts, self.encoding.tile, lowest, budget)
         wanted = choice.frame_bytes + _level_bytes(choice.levels, losses)
