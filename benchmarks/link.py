@@ -10,7 +10,8 @@ tensors in turn) whose segments of 2,048 elements differ in size as those of rea
 of a segment is log-normal, and stays the same from step to step. Its standard deviation is 0.4 decades: measured
 over the first 400 steps of a char-LSTM were 0.33 to 0.49, of a PTB LSTM with tied embedding 0.80 to 0.86, where
 adaptive bits would find more to spare. "white" noise has the same size everywhere. Encodings of a fixed size are
-measured with one kind only, and DDP sends the same bytes whatever the gradients.
+measured with one kind only, and DDP sends the same bytes whatever the gradients. The finer first updates of a new model
+(push.settling_updates) are left out: a step is one of a job that has settled.
 
 Needs root: network namespaces are made, and are gone when this ends, however it ends.
 """

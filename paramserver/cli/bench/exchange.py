@@ -233,7 +233,8 @@ def attach_synthetic(
 ) -> Iterator[tuple[Attached, Mapping[str, Any]]]:
     """A model of zeros, attached as worker `number`, and seeded gradients (name -> tensor) for it.
 
-    `push` is the job's section of that name. Torch computes with one thread.
+    `push` is the job's section of that name; what it would do for a new model is left out. Torch computes with one
+    thread.
     """
     import numpy as np
     import torch
@@ -255,7 +256,7 @@ def attach_synthetic(
         job="bench",
         worker=f"worker-{number}",
         term=1,
-        push=PushSettings.model_validate(push),
+        push=PushSettings.model_validate({"settling_updates": 0, **push}),
     ) as attached:
         yield attached, gradients
 
