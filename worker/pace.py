@@ -10,7 +10,20 @@ from worker.counters import Counters
 MEMORY = 0.9  # of the version lag of late; the usual lag forgets ten times as slowly
 LATE = 2.0  # times the usual lag: from there on updates arrive late
 SEEN_SECONDS = 1e-3  # an exchange that was waited for no longer may have ended at any time before
-CONVINCING = 3  # exchanges in turn that say so, before pulls are found to be slow, or no longer so
+CONVINCING = 3  # exchanges in turn that say so, before exchanges are found to be slow, or no longer so
+
+
+class Finding:
+    """Something that is so until CONVINCING observations in turn say otherwise."""
+
+    def __init__(self) -> None:
+        self.is_so = False
+        self._otherwise = 0
+
+    def observe(self, is_otherwise: bool) -> None:
+        self._otherwise = self._otherwise + 1 if is_otherwise else 0
+        if self._otherwise == CONVINCING:
+            self.is_so, self._otherwise = not self.is_so, 0
 
 
 class Pace:
@@ -22,8 +35,7 @@ class Pace:
         self._began: float | None = None  # of the exchange under way
         self._computing_seconds = inf
         self._bytes = 0, 0  # pushed and pulled when it began
-        self._is_pull_slow = False
-        self._otherwise = 0  # exchanges in turn that say that it is not so
+        self._slow, self._pull_slow = Finding(), Finding()
         self._versions = [0] * blocks  # after the worker's last update of each block
         self._lag = self._usual_lag = 0.0  # updates of others between two of its own
 
@@ -35,7 +47,7 @@ class Pace:
     @property
     def is_pull_slow(self) -> bool:
         """Whether exchanges take longer than the computation, and for what they bring rather than what they push."""
-        return self._is_pull_slow
+        return self._pull_slow.is_so
 
     @property
     def updates(self) -> int:
@@ -43,10 +55,12 @@ class Pace:
         return int(self._versions.max())
 
     def byte_limit(self, computing_seconds: float) -> int | None:
-        """What the next step may push, in bytes; None where nothing is known."""
-        if computing_seconds == inf:
-            return None  # nobody said what an exchange may take
-        return self._wire.bytes(computing_seconds, self._lag, LATE * self._usual_lag if self._usual_lag else inf)
+        """What the next step may push, in bytes; None where the wire is no bottleneck."""
+        late = LATE * self._usual_lag if self._usual_lag else inf
+        # A short exchange tells how long an answer takes, not what the wire could carry.
+        if computing_seconds == inf or not (self._slow.is_so or self._lag > late):
+            return None
+        return self._wire.bytes(computing_seconds, self._lag, late)
 
     def begin(self, now: float, counters: Counters, computing_seconds: float) -> None:
         """An exchange begins."""
@@ -63,18 +77,14 @@ class Pace:
         if is_seen:
             self._wire.observe(pushed, pulled, seconds)
             self._speed = (pushed + pulled) / max(seconds, SEEN_SECONDS)
-        self._judge_pull(is_seen, seconds, pushed, pulled)
+        # What is found to be slow gets less to carry, half as much at the least: it is over where twice that would
+        # still be quick.
+        is_long, is_short = is_seen and seconds > self._computing_seconds, 2 * seconds < self._computing_seconds
+        self._slow.observe(is_short if self._slow.is_so else is_long)
+        self._pull_slow.observe(
+            is_short or 2 * pulled < pushed if self._pull_slow.is_so else is_long and pulled > pushed
+        )
         self._began = None
-
-    def _judge_pull(self, is_seen: bool, seconds: float, pushed: int, pulled: int) -> None:
-        if self._is_pull_slow:
-            # Shards that know of it send half as much at the least: it is over where twice that would still be quick.
-            is_otherwise = 2 * seconds < self._computing_seconds or 2 * pulled < pushed
-        else:
-            is_otherwise = is_seen and seconds > self._computing_seconds and pulled > pushed
-        self._otherwise = self._otherwise + 1 if is_otherwise else 0
-        if self._otherwise == CONVINCING:
-            self._is_pull_slow, self._otherwise = not self._is_pull_slow, 0
 
     def saw_version(self, block: int, version: int) -> None:
         """An update of the block was applied as its `version`."""
