@@ -127,9 +127,7 @@ class PushSettings(_Encoded):
     rounding: Literal["nearest", "stochastic"] = "nearest"
     error: Annotated[float, Field(gt=0, lt=1)] = 0.6  # adaptive: root of the share of the squares that may stay behind
     error_limit: Annotated[float, Field(gt=0, lt=1)] = 0.8  # adaptive: the same where the wire is what a step waits for
-    settling_updates: Annotated[int, Field(ge=0, le=2**40)] = (
-        200  # adaptive: of the model, while both grow to their size
-    )
+    settling_updates: Annotated[int, Field(ge=0, le=2**40)] = 100  # adaptive: of the model, over which both grow so far
     overlap: Literal["auto"] | bool = "auto"  # compute the next batch meanwhile; auto: only where an exchange is slow
     deadline_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 5.0  # then the same bytes are sent again
 
