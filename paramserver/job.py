@@ -256,9 +256,15 @@ class Job(_Section):
                 f"optimizer.name {optimizer.name!r} on the server with {workers} asynchronous workers is known to "
                 "diverge beyond 2; use optimizer.where 'worker', 'adagrad' or 'adam', or consistency {mode: sync}"
             )
-        # An adaptive push holds back what it cannot send well, and so it keeps to what the optimiser needs.
-        low = sorted(name for name in self.push.encoding_names - {"adaptive"} if make_encoding(name).bits <= LOW_BITS)
-        if low and on_server and optimizer.name in ("adagrad", "adam", "rmsprop"):
+        low = sorted(name for name in self.push.encoding_names if make_encoding(name).bits <= LOW_BITS)
+        is_preconditioning = optimizer.name in ("adagrad", "adam", "rmsprop")
+        if "adaptive" in low and on_server and is_preconditioning:
+            low.remove("adaptive")
+            found.append(
+                f"push encoding 'adaptive' with {optimizer.name!r} on the server is known to learn slowly at first: "
+                "bits go where gradients are large, and it moves the others as far; use optimizer.where 'worker'"
+            )
+        if low and on_server and is_preconditioning:
             found.append(
                 f"push encoding {low[0]!r} (2 bits and less) with {optimizer.name!r} on the server is known to "
                 "converge badly: its second moments are those of the rounding; use optimizer.where 'worker', "

@@ -236,6 +236,7 @@ def test_data_that_is_not_here_is_told_before_anything_starts(monkeypatch: pytes
         ({"consistency": {"damping": "sqrt"}}, "helps 'sgd' only"),
         ({"optimizer": {"clip": None}}, "clip is off"),
         ({"push": {"encoding": "sign"}, "optimizer": {"name": "adam"}}, "use optimizer.where 'worker'"),
+        ({"push": {"encoding": "adaptive"}}, "learn slowly at first"),
         ({"push": {"layers": {"embed": "ternary"}}}, "'ternary' (2 bits and less) with 'adagrad' on the server"),
     ],
 )
@@ -252,7 +253,8 @@ def test_what_is_known_not_to_converge_warns(sections: dict[str, Any], part: str
         {"optimizer": {"name": "sgd", "clip": None}, "cluster": {"workers": 1}},
         {"push": {"encoding": "sign"}, "optimizer": {"name": "adam", "where": "worker"}},
         {"optimizer": {"name": "momentum", "where": "worker"}, "cluster": {"workers": 4}},
-        {"push": {"encoding": "adaptive"}, "pull": {"encoding": "coded"}},
+        {"push": {"encoding": "adaptive"}, "pull": {"encoding": "coded"}, "optimizer": {"where": "worker"}},
+        {"push": {"encoding": "adaptive"}, "optimizer": {"name": "momentum"}},
     ],
 )
 def test_what_is_known_to_work_does_not_warn(sections: dict[str, Any]) -> None:
