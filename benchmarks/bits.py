@@ -28,8 +28,9 @@ from models.recurrent.arguments import RecurrentArguments, RecurrentData
 from models.recurrent.corpus import load_corpus
 from models.recurrent.task import RecurrentTask
 from paramserver.encoding import Encoding, make_encoding
-from paramserver.encoding.adaptive import BitPolicy, Part
+from paramserver.encoding.adaptive import DEFAULT_ERROR_LIMIT, BitPolicy, Part
 from paramserver.encoding.coded import RELATIVE_STEP, Coded, StepPolicy
+from paramserver.job import PushSettings
 from paramserver.protocol.layout import Parameter, cut_layout
 
 Float32 = npt.NDArray[np.float32]
@@ -97,15 +98,21 @@ class UniformPusher:
 
 
 class AdaptivePusher:
-    """Bits by segment, planned over all blocks."""
+    """Bits by segment, planned over all blocks; finely over the first updates of a model, as a job does by default.
 
-    def __init__(self, error: float, elements: Mapping[int, int]) -> None:
-        self._policy = BitPolicy(elements, 64, error)
+    `seen` updates has the model when training begins, and `workers` more for each push of this one.
+    """
+
+    def __init__(self, error: float, elements: Mapping[int, int], workers: int, seen: int) -> None:
+        settling = int(PushSettings.model_fields["settling_updates"].default)
+        self._policy = BitPolicy(elements, 64, error, max(error, DEFAULT_ERROR_LIMIT), settling_updates=settling)
+        self._workers, self._seen = workers, seen
         self._residuals = {block: np.zeros(size, np.float32) for block, size in elements.items()}
 
     def push(self, updates: Blocks) -> tuple[Blocks, int]:
         parts = {block: Part(values, self._residuals[block]) for block, values in updates.items()}
-        plan = self._policy.plan(parts)
+        plan = self._policy.plan(parts, updates=self._seen)
+        self._seen += self._workers
         arrived, taken = {}, 0
         for block, part in parts.items():
             if block not in plan.levels:
@@ -178,10 +185,10 @@ def split(name: str) -> tuple[str, float | None]:
     return kind, float(number) if number else None
 
 
-def make_pusher(name: str, elements: Mapping[int, int]) -> Pusher:
+def make_pusher(name: str, elements: Mapping[int, int], workers: int, seen: int) -> Pusher:
     kind, number = split(name)
     if kind == "adaptive":
-        return AdaptivePusher(number or 0.6, elements)
+        return AdaptivePusher(number or 0.6, elements, workers, seen)
     if kind == "coded":
         return CodedPusher(number or RELATIVE_STEP, elements)
     return UniformPusher(make_encoding(kind), elements)
@@ -230,7 +237,9 @@ class Simulation:
                 self._view(block)[:] += warm.update(block, gradient)
         self._weights: Blocks = {block: self._view(block).copy() for block in elements}
         self._publisher = Publisher(setting.pull, {block: self._weights[block] for block in encoded})
-        self._pushers = [make_pusher(setting.push, encoded) for _ in range(setting.workers)]
+        self._pushers = [
+            make_pusher(setting.push, encoded, setting.workers, setting.warm_up) for _ in range(setting.workers)
+        ]
         if setting.where == "worker":
             self._optimizers = [warm.copy() for _ in range(setting.workers)]
         else:
