@@ -10,20 +10,20 @@ from worker.counters import Counters
 MEMORY = 0.9  # of the version lag of late; the usual lag forgets ten times as slowly
 LATE = 2.0  # times the usual lag: from there on updates arrive late
 SEEN_SECONDS = 1e-3  # an exchange that was waited for no longer may have ended at any time before
-CONVINCING = 3  # exchanges in turn that say so, before exchanges are found to be slow, or no longer so
+CONVINCING = 3  # exchanges, before they are found to be slow
+REMEMBERED = 8  # exchanges that means are over: by chance one brings two deltas, and the next one none
 
 
-class Finding:
-    """Something that is so until CONVINCING observations in turn say otherwise."""
+class Mean:
+    """Of the last values, the older ones less and less."""
 
     def __init__(self) -> None:
-        self.is_so = False
-        self._otherwise = 0
+        self.value = 0.0
+        self.count = 0
 
-    def observe(self, is_otherwise: bool) -> None:
-        self._otherwise = self._otherwise + 1 if is_otherwise else 0
-        if self._otherwise == CONVINCING:
-            self.is_so, self._otherwise = not self.is_so, 0
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.value += (value - self.value) / min(self.count, REMEMBERED)
 
 
 class Pace:
@@ -35,7 +35,8 @@ class Pace:
         self._began: float | None = None  # of the exchange under way
         self._computing_seconds = inf
         self._bytes = 0, 0  # pushed and pulled when it began
-        self._slow, self._pull_slow = Finding(), Finding()
+        self._seconds, self._computing, self._pushed, self._pulled = Mean(), Mean(), Mean(), Mean()
+        self._is_slow = self._is_pull_slow = False
         self._versions = [0] * blocks  # after the worker's last update of each block
         self._lag = self._usual_lag = 0.0  # updates of others between two of its own
 
@@ -47,7 +48,7 @@ class Pace:
     @property
     def is_pull_slow(self) -> bool:
         """Whether exchanges take longer than the computation, and for what they bring rather than what they push."""
-        return self._pull_slow.is_so
+        return self._is_pull_slow
 
     @property
     def updates(self) -> int:
@@ -58,7 +59,7 @@ class Pace:
         """What the next step may push, in bytes; None where the wire is no bottleneck."""
         late = LATE * self._usual_lag if self._usual_lag else inf
         # A short exchange tells how long an answer takes, not what the wire could carry.
-        if computing_seconds == inf or not (self._slow.is_so or self._lag > late):
+        if computing_seconds == inf or not (self._is_slow or self._lag > late):
             return None
         return self._wire.bytes(computing_seconds, self._lag, late)
 
@@ -77,14 +78,30 @@ class Pace:
         if is_seen:
             self._wire.observe(pushed, pulled, seconds)
             self._speed = (pushed + pulled) / max(seconds, SEEN_SECONDS)
-        # What is found to be slow gets less to carry, half as much at the least: it is over where twice that would
-        # still be quick.
-        is_long, is_short = is_seen and seconds > self._computing_seconds, 2 * seconds < self._computing_seconds
-        self._slow.observe(is_short if self._slow.is_so else is_long)
-        self._pull_slow.observe(
-            is_short or 2 * pulled < pushed if self._pull_slow.is_so else is_long and pulled > pushed
-        )
+        if is_seen or 2 * seconds < self._computing_seconds < inf:
+            self._judge(seconds, pushed, pulled)
         self._began = None
+
+    def _judge(self, seconds: float, pushed: int, pulled: int) -> None:
+        """Find exchanges slow, or no longer so.
+
+        What is slow gets half as much to carry at the least, so it is over where twice that would be quick.
+        """
+        if self._computing_seconds == inf:
+            return
+        self._seconds.add(seconds)
+        self._computing.add(self._computing_seconds)
+        self._pushed.add(pushed)
+        self._pulled.add(pulled)
+        if self._seconds.count < CONVINCING:
+            return
+        is_long = self._seconds.value > self._computing.value
+        is_short = 2 * self._seconds.value < self._computing.value
+        self._is_slow = not is_short if self._is_slow else is_long
+        if self._is_pull_slow:
+            self._is_pull_slow = not is_short and 2 * self._pulled.value >= self._pushed.value
+        else:
+            self._is_pull_slow = is_long and self._pulled.value > self._pushed.value
 
     def saw_version(self, block: int, version: int) -> None:
         """An update of the block was applied as its `version`."""

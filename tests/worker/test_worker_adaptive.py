@@ -12,7 +12,7 @@ from worker_rig import SHAPES, Rig, make_gradients, total
 from paramserver.protocol.memory import MemoryNetwork
 from paramserver.protocol.messages import Push
 from worker.counters import Counters
-from worker.pace import CONVINCING, Pace
+from worker.pace import CONVINCING, REMEMBERED, Pace
 
 
 def held_and_applied(rig: Rig, block: int) -> np.ndarray:
@@ -90,7 +90,7 @@ def test_where_exchanges_are_short_nothing_is_limited() -> None:
     for _ in range(CONVINCING):
         observe(pace, seconds=4.0, pushed=4000, pulled=1000)
     assert pace.byte_limit(1.0) is not None
-    for _ in range(CONVINCING):
+    for _ in range(3 * REMEMBERED):
         observe(pace, seconds=0.4, pushed=1000, pulled=1000)
     assert pace.byte_limit(1.0) is None, "twice as much would be quick, too"
 
@@ -139,9 +139,27 @@ def test_pulls_stay_slow_until_twice_as_much_would_be_quick() -> None:
     pace = Pace(1)
     for _ in range(CONVINCING):
         observe(pace, 2.0, 1000, 2000)
-    for _ in range(10):
+    for _ in range(3 * REMEMBERED):
         observe(pace, 0.9, 1000, 1000)  # what half as much takes
     assert pace.is_pull_slow
-    for _ in range(CONVINCING):
+    for _ in range(3 * REMEMBERED):
         observe(pace, 0.4, 1000, 1000)
     assert not pace.is_pull_slow
+
+
+def test_pulls_that_bring_two_deltas_now_and_none_then_are_slow_all_the_same() -> None:
+    pace = Pace(1)
+    for _ in range(10):
+        observe(pace, 2.0, 1000, 3000)
+        observe(pace, 2.0, 1000, 0)
+    assert pace.is_pull_slow
+
+
+def test_a_computation_of_unknown_length_finds_nothing_slow() -> None:
+    pace = Pace(1)
+    for _ in range(10):
+        observe(pace, 2.0, 1000, 3000, computing_seconds=inf)
+    assert not pace.is_pull_slow
+    for _ in range(CONVINCING):
+        observe(pace, 2.0, 1000, 3000)
+    assert pace.is_pull_slow, "and it does not count for later ones"
