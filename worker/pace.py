@@ -53,7 +53,7 @@ class Pace:
     @property
     def updates(self) -> int:
         """How many updates the model had seen, of all workers, when one of this worker was applied last."""
-        return int(self._versions.max())
+        return int(max(self._versions))
 
     def byte_limit(self, computing_seconds: float) -> int | None:
         """What the next step may push, in bytes; None where the wire is no bottleneck."""
