@@ -50,6 +50,15 @@ class Topology:
     runs: Path = Path("runs")
     data_roots: tuple[Path, ...] = ()
     threads: int = 1  # torch threads a worker
+    token_file: Path | None = None  # of the bearer token that changes over HTTP need
+    token_for_reading: bool = False
+    insecure: bool = False  # let everybody who reaches a socket beyond loopback use it
+
+    def door_arguments(self) -> list[str]:
+        """The options that say who may ask the coordinator for what; `deploy.supervisor` takes the same."""
+        arguments = [] if self.token_file is None else ["--token-file", str(self.token_file.resolve())]
+        arguments += ["--token-for-reading"] if self.token_for_reading else []
+        return arguments + (["--insecure"] if self.insecure else [])
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,7 @@ class LocalCluster:
         arguments += ["--ready-file", str(ready)]
         for root in self.topology.data_roots:
             arguments += ["--data-root", str(root.resolve())]
-        self._spawn("coordinator", arguments)
+        self._spawn("coordinator", [*arguments, *self.topology.door_arguments()])
         self._await(ready.exists, "the coordinator to listen", stop or StopRequest(), deadline)
         addresses: dict[str, Any] = json.loads(ready.read_text(encoding="utf-8"))
         self.control, self.url = addresses["control"], addresses["http"]
@@ -206,7 +215,7 @@ class LocalCluster:
             stop.wait(POLL_SECONDS)
 
     def _await_sessions(self, names: set[str], stop: StopRequest, deadline: float) -> None:
-        with Api(self.url, timeout_seconds=2.0) as api:
+        with Api(self.url, timeout_seconds=2.0, token=self._token()) as api:
             missing = set(names)
 
             def all_heard() -> bool:
@@ -223,6 +232,10 @@ class LocalCluster:
                     raise
                 quoted = "\n".join(f"{name}:\n{last_lines(self.log_path(name), 3)}" for name in sorted(missing))
                 raise EngineError(f"{error}; not heard of:\n{quoted}") from None
+
+    def _token(self) -> str:
+        file = self.topology.token_file
+        return "" if file is None else file.read_text(encoding="utf-8").strip()  # the coordinator has checked it
 
     # ------------------------------------------------------------------------------ afterwards
 

@@ -14,6 +14,7 @@ from paramserver.coordinator.store import Store, StoreError
 from paramserver.process import identify, install_stop, log
 from paramserver.protocol.transport import TransportError
 from paramserver.protocol.zeromq import ZeroMQTransport
+from paramserver.status.access import AccessError, make_access
 from paramserver.status.http import HttpError, HttpServer
 
 
@@ -27,6 +28,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--data-root", type=Path, action="append", default=[], help="folder that a job's paths may be in; repeatable"
     )
+    parser.add_argument("--token-file", type=Path, help="file with the bearer token that changes over HTTP need")
+    parser.add_argument("--token-for-reading", action="store_true", help="reading over HTTP needs the token as well")
+    parser.add_argument(
+        "--http-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name of this machine in URLs of the HTTP API, beside its host name and addresses; repeatable",
+    )
+    parser.add_argument(
+        "--insecure", action="store_true", help="let everybody who reaches a socket beyond loopback use it"
+    )
     return parser.parse_args(arguments)
 
 
@@ -36,12 +49,15 @@ def main() -> int:
     stop = install_stop()
     transport, ringing = ZeroMQTransport(), ZeroMQTransport()
     try:
+        access = make_access(
+            options.http, options.token_file, options.token_for_reading, options.http_name, options.insecure
+        )
         store = Store(options.state)
         try:
             server = CoordinatorServer(
                 transport, ringing, options.listen, store, RunFolder(options.runs), options.data_root
             )
-            http = HttpServer(server.commands, options.http)
+            http = HttpServer(server.commands, options.http, access)
             http.start()
             try:
                 _write_ready(options.ready_file, server.address, http.address)
@@ -51,7 +67,7 @@ def main() -> int:
                 http.close()
         finally:
             store.close()
-    except (TransportError, StoreError, HttpError, OSError) as error:
+    except (TransportError, StoreError, AccessError, HttpError, OSError) as error:
         log("refused", level="error", reason=error)
         return 1
     finally:
