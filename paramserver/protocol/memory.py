@@ -94,8 +94,8 @@ class MemoryNetwork:
                 channel._establish()
         return listener
 
-    def connect(self, address: str) -> MemoryChannel:
-        """Connect to a listener; it need not be there yet."""
+    def connect(self, address: str, key: str = "") -> MemoryChannel:
+        """Connect to a listener; it need not be there yet. Keys are not used in memory."""
         channel = MemoryChannel(self, address)
         self._channels.append(channel)
         if address in self._listeners:
@@ -284,6 +284,9 @@ class MemoryListener(_MemoryEndpoint):
             self._network._count("unreachable")
             return SENT
         return self._network._send(link, parts)
+
+    def key_of(self, peer: Peer) -> str:
+        return ""
 
     def is_there(self, peer: Peer) -> bool:
         return peer in self._links

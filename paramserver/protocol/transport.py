@@ -99,6 +99,13 @@ class Listener(Protocol):
         """Where frames to this peer are best written; None where it shares no memory with us."""
         ...
 
+    def key_of(self, peer: Peer) -> str:
+        """The public key that the other end of this connection has proven to hold; empty where keys are not used.
+
+        What is called by this Peer holds this key, also after it has reconnected.
+        """
+        ...
+
     def is_there(self, peer: Peer) -> bool:
         """Whether the connection that is named so still exists. Costs a small message to it."""
         ...
@@ -144,8 +151,11 @@ class Transport(Protocol):
         """Bind, for example "tcp://127.0.0.1:0". Raises TransportError (address in use, not an address)."""
         ...
 
-    def connect(self, address: str) -> Channel:
-        """Connect to a listener; it need not be there yet. Raises TransportError when it is no address."""
+    def connect(self, address: str, key: str = "") -> Channel:
+        """Connect to a listener; it need not be there yet. Raises TransportError when it is no address.
+
+        `key` is the listener's public key, empty where keys are not used.
+        """
         ...
 
     def wait(self, endpoints: Sequence[Endpoint], timeout_seconds: float) -> list[Endpoint]:
