@@ -12,6 +12,7 @@ from paramserver.coordinator.runs import RunFolder
 from paramserver.coordinator.server import CoordinatorServer
 from paramserver.coordinator.store import Store, StoreError
 from paramserver.process import identify, install_stop, log
+from paramserver.protocol.keys import COORDINATOR, KeysError, load_keys
 from paramserver.protocol.transport import TransportError
 from paramserver.protocol.zeromq import ZeroMQTransport
 from paramserver.status.access import AccessError, make_access
@@ -28,6 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--data-root", type=Path, action="append", default=[], help="folder that a job's paths may be in; repeatable"
     )
+    parser.add_argument("--keys", type=Path, help="folder with coordinator.key_secret and NAME.key of all who may join")
     parser.add_argument("--token-file", type=Path, help="file with the bearer token that changes over HTTP need")
     parser.add_argument("--token-for-reading", action="store_true", help="reading over HTTP needs the token as well")
     parser.add_argument(
@@ -47,27 +49,32 @@ def main() -> int:
     options = parse()
     identify("coordinator", "coordinator")
     stop = install_stop()
-    transport, ringing = ZeroMQTransport(), ZeroMQTransport()
     try:
+        keys = None if options.keys is None else load_keys(options.keys, COORDINATOR)
         access = make_access(
             options.http, options.token_file, options.token_for_reading, options.http_name, options.insecure
         )
+    except (KeysError, AccessError) as error:
+        log("refused", level="error", reason=error)
+        return 1
+    key = "" if keys is None else keys.own.public
+    transport, ringing = ZeroMQTransport(keys, options.insecure), ZeroMQTransport(keys)
+    try:
         store = Store(options.state)
         try:
-            server = CoordinatorServer(
-                transport, ringing, options.listen, store, RunFolder(options.runs), options.data_root
-            )
+            runs = RunFolder(options.runs)
+            server = CoordinatorServer(transport, ringing, options.listen, store, runs, options.data_root, key=key)
             http = HttpServer(server.commands, options.http, access)
             http.start()
             try:
                 _write_ready(options.ready_file, server.address, http.address)
-                log("listening", control=server.address, http=http.address)
+                log("listening", control=server.address, http=http.address, keys=options.keys or "none")
                 server.run(stop)
             finally:
                 http.close()
         finally:
             store.close()
-    except (TransportError, StoreError, AccessError, HttpError, OSError) as error:
+    except (TransportError, StoreError, HttpError, OSError) as error:
         log("refused", level="error", reason=error)
         return 1
     finally:

@@ -52,11 +52,12 @@ class Doorbell:
     Args:
         listening: the loop's transport.
         ringing: another one, because a transport belongs to one thread; here the lock keeps that promise.
+        key: the public key of both, where they use keys.
     """
 
-    def __init__(self, listening: Transport, ringing: Transport) -> None:
+    def __init__(self, listening: Transport, ringing: Transport, key: str = "") -> None:
         self.listener: Listener = listening.listen("tcp://127.0.0.1:0")
-        self._channel = ringing.connect(self.listener.address)
+        self._channel = ringing.connect(self.listener.address, key)
         self._lock = threading.Lock()
 
     def ring(self) -> None:
@@ -78,6 +79,7 @@ class CoordinatorServer:
         transport: used by the thread that calls `run` only.
         ringing: a transport of its own for the doorbell; see Doorbell.
         listen: where processes find the coordinator. Raises TransportError where it cannot be bound.
+        key: the coordinator's own public key, where the transports use keys.
     """
 
     def __init__(
@@ -89,14 +91,16 @@ class CoordinatorServer:
         runs: RunFolder,
         data_roots: Sequence[Path] = (),
         clock: Callable[[], float] = monotonic,
+        key: str = "",
     ) -> None:
         self._transport = transport
         self._listener = transport.listen(listen)
-        self._doorbell = Doorbell(transport, ringing)
+        self._doorbell = Doorbell(transport, ringing, key)
         self._store = store
         self._runs = runs
         self._clock = clock
         self.core = CoordinatorCore(clock(), store.load())
+        self.core.key_of = self._listener.key_of
         self._commands: queue.SimpleQueue[tuple[Callable[[], None], Callable[[], bool]]] = queue.SimpleQueue()
         self._is_closed = False
         self.commands = ServerCommands(self, list(data_roots))

@@ -1,4 +1,4 @@
-"""The transport over ZeroMQ; beside keys.py and curve.py the only user of zmq. Listeners are ROUTER sockets, channels DEALER sockets.
+"""The transport over ZeroMQ: listeners are ROUTER sockets, channels DEALER. Beside it only curve.py, keys.py use zmq.
 
 Synchronous and polled, one I/O thread, no thread of its own. Frames from ZERO_COPY_BYTES up leave and
 arrive without a copy; smaller ones are copied, which is cheaper than tracking them. Between processes of one

@@ -37,6 +37,7 @@ from paramserver.protocol.messages import (
     ShardOrder,
     Tick,
     Welcome,
+    WorkerKey,
 )
 from paramserver.protocol.transport import MAX_MESSAGE_BYTES, FrameMemory
 from paramserver.shard.block import HeldBlock
@@ -141,6 +142,7 @@ class ShardCore:
     pool: BufferPool = field(default_factory=BufferPool)
     memory: Callable[[bytes], FrameMemory | None] = lambda peer: None  # where frames to a peer are best written
     is_there: Callable[[bytes], bool] = lambda peer: True  # whether a peer is still connected
+    key_of: Callable[[bytes], str] = lambda peer: ""  # what a peer has proven to hold; empty where keys are not used
 
     # ------------------------------------------------------------------ what to serve
 
@@ -327,6 +329,11 @@ class ShardCore:
             )
         if hello.layout != serving.fingerprint:
             raise Refused("wrong-layout", f"found layout {hello.layout}, this job has {serving.fingerprint}")
+        key = self.key_of(peer)
+        if key and WorkerKey(hello.worker, hello.incarnation, key) not in serving.order.workers:
+            # Also a worker of which the coordinator has not told us yet: it says Hello again.
+            detail = f"the coordinator knows no live worker {hello.worker!r} of incarnation {hello.incarnation} and key"
+            raise Refused("wrong-key", f"{detail} {key}")
         for known, (worker, incarnation) in list(serving.peers.items()):
             if worker != hello.worker:
                 continue
@@ -343,6 +350,8 @@ class ShardCore:
     def _initialise(self, peer: bytes, message: Initialise, frames: Sequence[memoryview]) -> Reply:
         serving = self._serving(message.job)
         self._check_term(serving, message.term)
+        if self.key_of(peer) and peer not in serving.peers:
+            raise Refused("unknown-worker", "no Hello came through this connection; say it first")
         if message.layout != serving.fingerprint:
             raise Refused("wrong-layout", f"found layout {message.layout}, this job has {serving.fingerprint}")
         checked: list[tuple[HeldBlock, Bytes]] = []

@@ -21,7 +21,15 @@ PUBLISH_LOOK_SECONDS = 0.1  # between two looks at what the timer should publish
 class ShardServer:
     """Runs a ShardCore until it is told to stop. Owns its listener and control channel."""
 
-    def __init__(self, core: ShardCore, transport: Transport, listen: str, coordinator: str, introduction: Register):
+    def __init__(
+        self,
+        core: ShardCore,
+        transport: Transport,
+        listen: str,
+        coordinator: str,
+        introduction: Register,
+        coordinator_key: str = "",
+    ) -> None:
         """Raises TransportError where `listen` cannot be bound.
 
         `introduction.address` is what workers are told; where it is empty it is the bound address.
@@ -31,7 +39,8 @@ class ShardServer:
         self._listener: Listener = transport.listen(listen)
         core.memory = self._listener.memory
         core.is_there = self._listener.is_there
-        self._control: Channel = transport.connect(coordinator)
+        core.key_of = self._listener.key_of
+        self._control: Channel = transport.connect(coordinator, coordinator_key)
         fields = {name: getattr(introduction, name) for name in introduction.__struct_fields__}
         fields["address"] = introduction.address or self._listener.address
         self._membership = Membership(Register(**fields), self.report)
