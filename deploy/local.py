@@ -50,13 +50,18 @@ class Topology:
     runs: Path = Path("runs")
     data_roots: tuple[Path, ...] = ()
     threads: int = 1  # torch threads a worker
+    keys: Path | None = None  # folder with the keys of all processes; without it loopback is open to this machine
     token_file: Path | None = None  # of the bearer token that changes over HTTP need
     token_for_reading: bool = False
     insecure: bool = False  # let everybody who reaches a socket beyond loopback use it
 
+    def key_arguments(self) -> list[str]:
+        return [] if self.keys is None else ["--keys", str(self.keys.resolve())]
+
     def door_arguments(self) -> list[str]:
         """The options that say who may ask the coordinator for what; `deploy.supervisor` takes the same."""
-        arguments = [] if self.token_file is None else ["--token-file", str(self.token_file.resolve())]
+        arguments = self.key_arguments()
+        arguments += [] if self.token_file is None else ["--token-file", str(self.token_file.resolve())]
         arguments += ["--token-for-reading"] if self.token_for_reading else []
         return arguments + (["--insecure"] if self.insecure else [])
 
@@ -167,7 +172,7 @@ class LocalCluster:
             raise
 
     def _joining(self, name: str) -> list[str]:
-        return ["--coordinator", self.control, "--name", name]
+        return ["--coordinator", self.control, "--name", name, *self.topology.key_arguments()]
 
     def start_coordinator(self, stop: StopRequest | None = None, deadline: float | None = None) -> None:
         """Start the coordinator, or start it again on the ports and the state that it had."""

@@ -33,6 +33,9 @@ def up(
         list[Path] | None, typer.Option(help="A folder that paths in submitted jobs may point into; repeatable.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Compute threads a worker.")] = 1,
+    keys: Annotated[
+        Path | None, typer.Option(help="Folder with the keys of all processes (see keygen); others are refused.")
+    ] = None,
     token_file: Annotated[
         Path | None, typer.Option(help="File with the bearer token that changes over HTTP need.")
     ] = None,
@@ -59,6 +62,10 @@ def up(
                 f"--data-root {str(root)!r}: there is no such folder; make it, or name the one with the data"
             )
     _check_token(token_file, token_for_reading)
+    if keys is not None:
+        _check_keys(
+            keys, ["coordinator", *(f"shard-{i}" for i in range(shards)), *(f"worker-{i}" for i in range(workers))]
+        )
     home = default_home()
     topology = Topology(
         shards=shards,
@@ -67,6 +74,7 @@ def up(
         runs=runs or home.directory / "runs",
         data_roots=tuple(data_root or ()),
         threads=threads,
+        keys=keys,
         token_file=token_file,
         token_for_reading=token_for_reading,
         insecure=insecure,
@@ -91,6 +99,23 @@ def _check_token(token_file: Path | None, token_for_reading: bool) -> None:
     try:
         make_access("", token_file, token_for_reading)
     except AccessError as error:
+        raise InputError(str(error)) from None
+
+
+def _check_keys(folder: Path, names: list[str]) -> None:
+    """Every process that is to be started has its keys. Raises InputError."""
+    from paramserver.protocol.keys import SECRET, KeysError, load_keys
+
+    missing = [name for name in names if not (folder / f"{name}{SECRET}").exists()]
+    if missing:
+        raise InputError(
+            f"--keys {folder}: there is no secret key of {', '.join(missing)}; make them with "
+            f"`paramserver keygen --to {folder} {' '.join(missing)}`"
+        )
+    try:
+        for name in names:
+            load_keys(folder, name)
+    except KeysError as error:
         raise InputError(str(error)) from None
 
 

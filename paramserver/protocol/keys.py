@@ -76,12 +76,9 @@ def make_keys(folder: Path, name: str) -> Path:
 
     Never overwrites: raises KeysError where either file is there, or cannot be written.
     """
-    if not _NAME.fullmatch(name):
-        raise KeysError(f"{name!r} is no name for a key: use letters, digits and any of ._-, as in worker-0")
+    check_absent(folder, name)
     public, secret = (key.decode("ascii") for key in zmq.curve_keypair())
-    public_path, secret_path = folder / f"{name}{PUBLIC}", folder / f"{name}{SECRET}"
-    if public_path.exists():
-        raise KeysError(_already_there(public_path))
+    public_path, secret_path = _paths(folder, name)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _write_fresh(secret_path, 0o600, _certificate(public, secret))
@@ -91,6 +88,19 @@ def make_keys(folder: Path, name: str) -> Path:
     except OSError as error:
         raise KeysError(f"{folder}: keys cannot be written: {error.strerror}; name a folder that can be") from None
     return secret_path
+
+
+def check_absent(folder: Path, name: str) -> None:
+    """Raise KeysError where no pair of this name can be made: it is there already, or the name is none."""
+    if not _NAME.fullmatch(name):
+        raise KeysError(f"{name!r} is no name for a key: use letters, digits and any of ._-, as in worker-0")
+    for path in _paths(folder, name):
+        if path.exists():
+            raise KeysError(_already_there(path))
+
+
+def _paths(folder: Path, name: str) -> tuple[Path, Path]:
+    return folder / f"{name}{PUBLIC}", folder / f"{name}{SECRET}"
 
 
 def read_public(path: Path) -> str:
