@@ -50,6 +50,7 @@ class Topology:
     runs: Path = Path("runs")
     data_roots: tuple[Path, ...] = ()
     threads: int = 1  # torch threads a worker
+    allow_families: tuple[str, ...] = ()  # model families that jobs may use; all where there are none
     keys: Path | None = None  # folder with the keys of all processes; without it loopback is open to this machine
     token_file: Path | None = None  # of the bearer token that changes over HTTP need
     token_for_reading: bool = False
@@ -58,9 +59,12 @@ class Topology:
     def key_arguments(self) -> list[str]:
         return [] if self.keys is None else ["--keys", str(self.keys.resolve())]
 
+    def family_arguments(self) -> list[str]:
+        return [argument for name in self.allow_families for argument in ("--allow-family", name)]
+
     def door_arguments(self) -> list[str]:
         """The options that say who may ask the coordinator for what; `deploy.supervisor` takes the same."""
-        arguments = self.key_arguments()
+        arguments = self.key_arguments() + self.family_arguments()
         arguments += [] if self.token_file is None else ["--token-file", str(self.token_file.resolve())]
         arguments += ["--token-for-reading"] if self.token_for_reading else []
         return arguments + (["--insecure"] if self.insecure else [])
@@ -162,7 +166,8 @@ class LocalCluster:
                 self._spawn(name, ["-m", "paramserver.shard", *self._joining(name), "--listen", LOOPBACK])
             for name in self.worker_names:
                 threads = str(self.topology.threads)
-                self._spawn(name, ["-m", "worker", *self._joining(name), "--threads", threads])
+                families = self.topology.family_arguments()
+                self._spawn(name, ["-m", "worker", *self._joining(name), "--threads", threads, *families])
             self._await_sessions({*self.shard_names, *self.worker_names}, stop, deadline)
         except OSError as error:
             self.stop()

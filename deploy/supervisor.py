@@ -32,6 +32,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--http", required=True)
     parser.add_argument("--data-root", type=Path, action="append", default=[])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--allow-family", action="append", default=[])
     parser.add_argument("--keys", type=Path)
     parser.add_argument("--token-file", type=Path)
     parser.add_argument("--token-for-reading", action="store_true")
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs=options.runs,
             data_roots=tuple(options.data_root),
             threads=options.threads,
+            allow_families=tuple(options.allow_family),
             keys=options.keys,
             token_file=options.token_file,
             token_for_reading=options.token_for_reading,

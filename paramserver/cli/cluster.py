@@ -33,6 +33,9 @@ def up(
         list[Path] | None, typer.Option(help="A folder that paths in submitted jobs may point into; repeatable.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Compute threads a worker.")] = 1,
+    allow_family: Annotated[
+        list[str] | None, typer.Option(help="A model family that jobs may use; repeatable (default: all installed).")
+    ] = None,
     keys: Annotated[
         Path | None, typer.Option(help="Folder with the keys of all processes (see keygen); others are refused.")
     ] = None,
@@ -74,6 +77,7 @@ def up(
         runs=runs or home.directory / "runs",
         data_roots=tuple(data_root or ()),
         threads=threads,
+        allow_families=tuple(allow_family or ()),
         keys=keys,
         token_file=token_file,
         token_for_reading=token_for_reading,

@@ -11,6 +11,7 @@ from pathlib import Path
 from paramserver.coordinator.runs import RunFolder
 from paramserver.coordinator.server import CoordinatorServer
 from paramserver.coordinator.store import Store, StoreError
+from paramserver.families import FamiliesError, allow_families
 from paramserver.process import identify, install_stop, log
 from paramserver.protocol.keys import COORDINATOR, KeysError, load_keys
 from paramserver.protocol.transport import TransportError
@@ -28,6 +29,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ready-file", type=Path, required=True, help="written as JSON once both sockets are bound")
     parser.add_argument(
         "--data-root", type=Path, action="append", default=[], help="folder that a job's paths may be in; repeatable"
+    )
+    parser.add_argument(
+        "--allow-family",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="model family that jobs may use; repeatable (default: all that are installed)",
     )
     parser.add_argument("--keys", type=Path, help="folder with coordinator.key_secret and NAME.key of all who may join")
     parser.add_argument("--token-file", type=Path, help="file with the bearer token that changes over HTTP need")
@@ -50,11 +58,12 @@ def main() -> int:
     identify("coordinator", "coordinator")
     stop = install_stop()
     try:
+        allow_families(options.allow_family)
         keys = None if options.keys is None else load_keys(options.keys, COORDINATOR)
         access = make_access(
             options.http, options.token_file, options.token_for_reading, options.http_name, options.insecure
         )
-    except (KeysError, AccessError) as error:
+    except (FamiliesError, KeysError, AccessError) as error:
         log("refused", level="error", reason=error)
         return 1
     key = "" if keys is None else keys.own.public

@@ -16,12 +16,14 @@ MAX_DEPTH = 32
 
 
 def check_submission(text: str, data_roots: Sequence[Path]) -> Job:
-    """The job of a YAML or JSON text, with its data paths absolute. Raises JobError."""
+    """The job of a YAML or JSON text, with the paths in it absolute. Raises JobError."""
     job = _parse(text)
     batch = job.data.get("batch", 1)
     if not isinstance(batch, int) or not 1 <= batch <= MAX_BATCH:
         raise JobError(f"{SOURCE}: data.batch: found {batch!r}; allowed are 1 to {MAX_BATCH} examples a lease")
-    return job.model_copy(update={"data": _inside("data", job.data, [root.resolve() for root in data_roots])})
+    roots = [root.resolve() for root in data_roots]
+    model = job.model.model_copy(update={"args": _inside("model.args", job.model.args, roots)})
+    return job.model_copy(update={"model": model, "data": _inside("data", job.data, roots)})
 
 
 def _parse(text: str) -> Job:
