@@ -26,6 +26,7 @@ from paramserver.coordinator.effects import (
 from paramserver.coordinator.lifecycle import ACTIVE_STATES, FINAL_STATES, JobRun
 from paramserver.coordinator.report import empty_result, job_figures, job_result, session_figures
 from paramserver.coordinator.sessions import Session, Sessions
+from paramserver.coordinator.telemetry import slim
 from paramserver.job import Cluster as ClusterNeeds
 from paramserver.job import Job, parse_job
 from paramserver.protocol.messages import (
@@ -209,7 +210,7 @@ class CoordinatorCore:
         if not isinstance(beat.report, expected):
             self._refuse(peer, "malformed", f"{session.name!r} is a {session.role}, its report is not")
             return
-        session.report = beat.report
+        session.report = slim(beat.report)
         confirmed: list[int] = []
         if self._run is not None:
             if isinstance(beat.report, WorkerReport):

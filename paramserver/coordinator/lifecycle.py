@@ -307,7 +307,7 @@ class JobRun:
         """Take in a worker's report. Returns the numbers of the leases that it may forget."""
         if report.job != self.record.id:
             return []
-        self.telemetry.workers[session.name, session.incarnation] = report
+        self.telemetry.take_worker(session.name, session.incarnation, report)
         if report.failed:
             self.fail(f"{session.name!r} says: {report.failed}", now)
             return []

@@ -29,6 +29,7 @@ from paramserver.protocol.transport import Peer
 HEARTBEAT_SECONDS = 0.5
 SESSION_SECONDS = 3.0
 MAX_SESSIONS = 8192
+MAX_NAMES = 100_000  # names are never forgotten, so that an incarnation never comes again
 
 
 @dataclass
@@ -110,6 +111,12 @@ class Sessions:
             )
         if live is None and len(self._live) >= MAX_SESSIONS:
             return Refusal(code="not-served", detail=f"there are {MAX_SESSIONS} members already, the most allowed")
+        if message.name not in self.incarnations and len(self.incarnations) >= MAX_NAMES:
+            return Refusal(
+                code="not-served",
+                detail=f"{MAX_NAMES} names were used already, the most allowed; give processes stable names, or start "
+                "the coordinator with a fresh --state",
+            )
         if live is None and 0 < message.incarnation < last:
             return Refusal(
                 code="name-taken",

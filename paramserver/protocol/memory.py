@@ -267,6 +267,10 @@ class MemoryListener(_MemoryEndpoint):
     """The bound side. Made by `MemoryNetwork.listen`."""
 
     handshake_failures = 0  # there is no handshake in memory
+    dropped = 0  # see Faults
+
+    def limit_unread(self, limit_bytes: int) -> None:
+        """Links in memory have no queue that a peer could leave unread."""
 
     def __init__(self, network: MemoryNetwork, address: str) -> None:
         super().__init__(network, address)

@@ -365,6 +365,7 @@ class ShardReport(Struct, frozen=True, array_like=True, tag="shard-report"):
     unpublished: Count = 0  # blocks with updates that no edition holds yet, now
     editions: Count = 0  # published, over all blocks
     replica_distance: float = 0.0  # |weights - published| / |weights|, now
+    dropped: Count = 0  # answers to workers that are gone, or that have left too much unread
 
 
 class WorkerReport(Struct, frozen=True, array_like=True, tag="worker-report"):

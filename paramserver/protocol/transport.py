@@ -91,6 +91,15 @@ class Listener(Protocol):
         """Connections that died in the transport's own handshake."""
         ...
 
+    @property
+    def dropped(self) -> int:
+        """Messages that were not sent: their peer is gone, or has left too much unread."""
+        ...
+
+    def limit_unread(self, limit_bytes: int) -> None:
+        """What one peer may leave unread in bytes; a peer that leaves more gets nothing until it has read some."""
+        ...
+
     def send(self, peer: Peer, message: Message, frames: Sequence[Buffer] = ()) -> Sending:
         """Queue a message for a peer. A peer that is gone, or whose queue is full, drops it: peers retry."""
         ...

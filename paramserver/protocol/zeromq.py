@@ -23,6 +23,7 @@ from typing import cast
 import zmq
 
 from paramserver.process import log
+from paramserver.protocol.backlog import Backlog
 from paramserver.protocol.curve import Guard, Options, channel_options, check_exposed, name_with_key, routing_identity
 from paramserver.protocol.curve import key_of as key_in
 from paramserver.protocol.framing import MAX_FRAMES, FramingError, decode_message, encode_message
@@ -64,6 +65,7 @@ RECONNECT_MS, RECONNECT_MAX_MS = 50, 1000
 KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_PROBES = 10, 5, 3
 MAX_SOCKETS = 4096
 MONITOR_EVERY = 1024  # receives between two looks at the monitor of a socket that is never idle
+OWN_PARTS = 64  # of the transport itself, taken in a row before the caller gets a look
 MAX_WAIT_SECONDS = 86_400.0
 
 _ADDRESS = re.compile(r"tcp://(?P<host>\*|[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?):(?P<port>[0-9]{1,5})")
@@ -241,7 +243,10 @@ class _Socket:
         self._until_look -= 1
         if self._until_look <= 0:
             self.look_at_monitor()
-        while (got := self._receive_parts(timeout_seconds, has_peer)) is not None:
+        for _ in range(OWN_PARTS):  # a peer that sends nothing else may not keep us here
+            got = self._receive_parts(timeout_seconds, has_peer)
+            if got is None:
+                break
             peer, parts, message_bytes = got
             if self._guard is not None and not self._guard.lets_speak(peer):
                 return Malformed(peer, "the key of this connection has been withdrawn", message_bytes)
@@ -322,6 +327,7 @@ class ZeroMQListener(_Socket):
         self._failures = 0
         self._announced = False  # the next connection that ends has been counted as a failure
         self._mapping = Mapping()
+        self._backlog = Backlog()
         events = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
         super().__init__(context, zmq.ROUTER, events, {} if guard is None else guard.listener_options, guard)
         # A peer that is gone is an error at once, instead of a message that silently goes nowhere.
@@ -344,6 +350,10 @@ class ZeroMQListener(_Socket):
         self.look_at_monitor()
         return self._failures
 
+    def limit_unread(self, limit_bytes: int) -> None:
+        """What one peer may leave unread in bytes; a peer that leaves more gets nothing until it has read some."""
+        self._backlog.limit_bytes = limit_bytes
+
     def key_of(self, peer: Peer) -> str:
         """The public key that this peer has proven to hold; empty on a listener without keys."""
         return "" if self._guard is None else key_in(peer)
@@ -353,13 +363,19 @@ class ZeroMQListener(_Socket):
 
     def send(self, peer: Peer, message: Message, frames: Sequence[Buffer] = ()) -> Sending:
         """Queue a message for a peer; one that is gone, or whose queue is full, is dropped and counted."""
+        if self._backlog.is_full(peer):
+            self.dropped += 1
+            return SENT
         head, *rest = encode_message(message, frames)
         if rest:
             arena = self._mapping.of(peer)
             is_large = sum(map(len, rest)) >= SHARE_BYTES
             if arena is not None and is_large and self._send_shared(arena, peer, head, rest):
                 return SENT
-        return self._send_parts(peer, [head, *rest])
+        sending = self._send_parts(peer, [head, *rest])
+        if sending is not SENT:
+            self._backlog.add(peer, sending, len(head) + sum(map(len, rest)))
+        return sending
 
     def memory(self, peer: Peer) -> FrameMemory | None:
         """The ring towards this peer, where it shares one with us."""

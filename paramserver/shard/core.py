@@ -51,6 +51,8 @@ from paramserver.shard.watermarks import Verdict
 MAX_PEERS = 65536
 SWEEP_PEERS = 64  # from so many known connections on, gone ones are looked for whenever their number has doubled
 MAX_PARKED = 4096  # held pulls a peer; a worker has a few messages a step
+PARKED_ROUNDS = 4  # and so many times all blocks: a worker wants each once a step
+MAX_WORKERS = 8192  # names that a job's state may hold, those of dead workers too
 MAX_ANSWER_BYTES = MAX_MESSAGE_BYTES - 2**20  # what is left is for the head
 # lr factor by staleness in versions (staleness-aware SGD: Zhang et al., IJCAI 2016, eq. 5; its root is milder).
 DAMPING: dict[str, Callable[[int], float]] = {
@@ -105,8 +107,9 @@ class Serving:
         warm_up_publishing(self.job.pull, set(self.pull_encodings))
         self.telemetry = Telemetry()
         self.peers: dict[bytes, tuple[str, int]] = {}  # who said Hello: (worker, incarnation)
+        self.names: set[str] = set()  # of all workers that ever said Hello
         self.sweep_at = SWEEP_PEERS
-        self.parked: dict[bytes, dict[int, Pull | Push]] = {}  # by peer and request: a repeated one takes its place
+        self.parked: dict[bytes, dict[int, Pull]] = {}  # by peer and request: a repeated one takes its place
 
     def unpark(self, peer: bytes, request: Pull | Push) -> None:
         """Forget a parked pull; nothing happens where it is none."""
@@ -130,6 +133,22 @@ class Serving:
         self.optimizer.apply(block.weights, block.state, block.version, encoding, frame, self.damping(staleness))
         block.version += 1
         self.publishing.applied(block, self.policy.publish_period)
+
+
+def _pull_of(request: Pull | Push) -> Pull:
+    """What is left of a request once its updates are decided: these need not wait, nor take room."""
+    if isinstance(request, Pull):
+        return request
+    return Pull(
+        request=request.request,
+        job=request.job,
+        term=request.term,
+        phase=request.phase,
+        worker=request.worker,
+        incarnation=request.incarnation,
+        step=request.step,
+        wants=request.wants,
+    )
 
 
 @dataclass
@@ -260,7 +279,7 @@ class ShardCore:
         """The values that a pull wants, or nothing yet where the policy makes it wait."""
         blocks = self._wanted(serving, peer, request)
         if not serving.policy.may_pull(request.worker, (block.index for block in blocks)):
-            serving.parked.setdefault(peer, {})[request.request] = request
+            serving.parked.setdefault(peer, {})[request.request] = _pull_of(request)
             return [Reply(peer, Held(request=request.request))]
         serving.unpark(peer, request)
         serving.telemetry.pulls += 1
@@ -293,8 +312,11 @@ class ShardCore:
             detail = f"the answer would have {answer_bytes} bytes, allowed are {MAX_ANSWER_BYTES}; ask for fewer blocks"
             raise Refused("malformed", detail)
         parked = serving.parked.get(peer, {})
-        if len(parked) >= MAX_PARKED and request.request not in parked:
-            raise Refused("not-served", f"{MAX_PARKED} pulls of {request.worker} wait already, which is the limit")
+        if parked and request.request not in parked:
+            wanted = len(blocks) + sum(len(other.wants) for other in parked.values())
+            if len(parked) >= MAX_PARKED or wanted > PARKED_ROUNDS * len(serving.blocks):
+                detail = f"{len(parked)} pulls of {request.worker} wait already, and this is beyond the limit"
+                raise Refused("not-served", detail)
         return blocks
 
     def _release(self, serving: Serving) -> list[Reply]:
@@ -344,6 +366,9 @@ class ShardCore:
             serving.sweep(self.is_there)
         if len(serving.peers) >= MAX_PEERS:
             raise Refused("not-served", f"this shard knows {MAX_PEERS} workers already, which is its limit")
+        if hello.worker not in serving.names and len(serving.names) >= MAX_WORKERS:
+            raise Refused("not-served", f"this job has had {MAX_WORKERS} workers already, which is the limit")
+        serving.names.add(hello.worker)
         serving.peers[peer] = (hello.worker, hello.incarnation)
         return Reply(peer, Welcome(shard=self.name, job=hello.job, term=serving.order.term))
 
