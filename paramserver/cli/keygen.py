@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +13,6 @@ from paramserver.cli.job_file import AsJson
 
 NAMES_OF_UP = ("coordinator", "shard-0", "shard-1", "worker-0", "worker-1")  # what `up` starts by default
 TOKEN_FILE = "token"
-TOKEN_BYTES = 32
 
 
 def keygen(
@@ -28,17 +25,18 @@ def keygen(
 ) -> None:
     """Make NAME.key and NAME.key_secret for each process. Nothing is ever overwritten."""
     from paramserver.protocol.keys import KeysError, check_absent, make_keys
+    from paramserver.status.access import AccessError, make_token
 
     wanted = list(dict.fromkeys(names or (() if token else NAMES_OF_UP)))
     try:
         for name in wanted:
             check_absent(to, name)  # before the first is made: all of them or none
-        if token and (to / TOKEN_FILE).exists():
-            raise InputError(f"{to / TOKEN_FILE} is there already, and is never overwritten; remove it to replace it")
+        token_file = to / TOKEN_FILE if token else None
+        if token_file is not None:
+            make_token(token_file)
         made = {name: str(make_keys(to, name)) for name in wanted}
-    except KeysError as error:
+    except (KeysError, AccessError) as error:
         raise InputError(str(error)) from None
-    token_file = _make_token(to) if token else None
     if as_json:
         print(json.dumps({"folder": str(to), "secrets": made, "token_file": token_file and str(token_file)}))
         return
@@ -46,18 +44,6 @@ def keygen(
         print(f"{to / name}.key is for everybody, {secret} for the machine of {name} alone.")
     if token_file is not None:
         print(f"{token_file} is for the coordinator and its operators.")
-
-
-def _make_token(folder: Path) -> Path:
-    path = folder / TOKEN_FILE
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}; name another folder with --to") from None
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(f"{secrets.token_urlsafe(TOKEN_BYTES)}\n")
-    return path
 
 
 def add_to(app: typer.Typer) -> None:

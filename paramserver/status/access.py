@@ -13,7 +13,9 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import json
+import os
 import re
+import secrets
 import socket
 import stat
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -23,6 +25,7 @@ from typing import Any
 
 HEALTH = "/healthz"  # always open: it says nothing but that somebody answers
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
+TOKEN_BYTES = 32  # of a fresh token, before it is written in base 64
 LEAST_TOKEN, MOST_TOKEN = 16, 512  # characters
 MAX_TOKEN_FILE_BYTES = 4096
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, b64token
@@ -141,6 +144,21 @@ def read_token(path: Path) -> str:
     if stat.S_ISREG(status.st_mode) and status.st_mode & 0o077:
         raise AccessError(f"{field}: others than its owner may use it; mend that with `chmod 600 {path}`")
     return check_token(content.decode("ascii", "replace").strip(), field)
+
+
+def make_token(path: Path) -> str:
+    """Write a fresh token into a file that only its owner may read. Never overwrites. Raises AccessError."""
+    token = secrets.token_urlsafe(TOKEN_BYTES)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise AccessError(f"{path} is there already, and is never overwritten; remove it to replace it") from None
+    except OSError as error:
+        raise AccessError(f"{path}: cannot be written: {error.strerror}; name another folder") from None
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(f"{token}\n")
+    return token
 
 
 def check_token(token: str, source: str) -> str:

@@ -25,6 +25,7 @@ from paramserver.status.access import Access, AccessError, Guard
 from paramserver.status.commands import Commands
 
 MAX_BODY_BYTES = 2**20
+MOST_CONNECTIONS = 512  # at a time; the next one is told to try again later
 START_SECONDS = 10.0
 CLOSE_SECONDS = 5.0
 _ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:]+\]|[^:\s]+):(?P<port>[0-9]{1,5})")
@@ -160,6 +161,7 @@ class HttpServer:
             access_log=False,
             lifespan="off",
             timeout_graceful_shutdown=2,
+            limit_concurrency=MOST_CONNECTIONS,
         )
         self._server = _QuietServer(config)
         self._thread = threading.Thread(target=self._serve, name="http", daemon=True)

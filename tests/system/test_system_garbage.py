@@ -114,12 +114,13 @@ def test_a_day_of_refused_garbage_replayed_fast_grows_no_memory_and_stops_no_job
         found = api.status()
         steps = found["job"]["steps"]
         poll("the job to go on", lambda: api.status()["job"]["steps"] > steps)
-        # All of it was seen: refused, or ignored without a look once a connection had worn out all patience.
+        # It was seen: refused, or ignored without a look once a connection had worn out all patience. Of what an
+        # unread connection still carries when it is closed, the system throws away some.
         counted = api.status()
-        for refusals in (counted["refusals"], counted["job"]["refusals"]["shards"]):
-            assert sum(refusals.values()) > DAY // 2 * 0.9
+        for refusals in (counted["refusals"], counted["job"]["refusals"]):
+            assert sum(refusals.values()) > DAY // 4
             assert refusals["malformed"] > ROUNDS
-            assert refusals["ignored"] > DAY // 8
+            assert refusals["ignored"] > DAY // 16
         assert counted["handshake_failures"] >= ROUNDS
 
 
