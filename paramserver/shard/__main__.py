@@ -45,7 +45,9 @@ def main() -> int:
     coordinator_key = "" if keys is None else keys.coordinator
     core, transport = ShardCore(options.name), ZeroMQTransport(keys, options.insecure)
     try:
-        server = ShardServer(core, transport, options.listen, options.coordinator, introduction, coordinator_key)
+        server = ShardServer(
+            core, transport, options.listen, options.coordinator, introduction, coordinator_key=coordinator_key
+        )
         log("listening", address=server.address, keys=options.keys or "none")
         server.run(stop)
     except (TransportError, MembershipError) as error:

@@ -30,6 +30,7 @@ class ShardServer:
         listen: str,
         coordinator: str,
         introduction: Register,
+        *,
         coordinator_key: str = "",
     ) -> None:
         """Raises TransportError where `listen` cannot be bound.
