@@ -56,6 +56,7 @@ class ShardServer:
         self._unpublished = 0  # blocks, at the last look
         self._preparation: Preparation | None = None
         self._patience = Patience()
+        self._limit_unread()
 
     @property
     def address(self) -> str:
@@ -169,10 +170,7 @@ class ShardServer:
     def _become(self, order: ShardOrder | None) -> None:
         before = self.core.serving
         self._send(self.core.take_order(order))
-        if self.core.serving is not None:
-            # A worker may ask for everything at once, and once more when an answer is late.
-            weights_bytes = sum(4 * block.elements for block in self.core.serving.blocks.values())
-            self._listener.limit_unread(max(UNREAD_BYTES, 2 * weights_bytes))
+        self._limit_unread()
         if self.core.serving is not before:
             self._bytes_in = self._bytes_out = 0
             self._waiting_seconds = self._working_seconds = 0.0
@@ -182,6 +180,12 @@ class ShardServer:
                 order = self.core.serving.order
                 log("job-taken", job=order.job, term=order.term, blocks=len(order.blocks))
             self._membership.beat_soon()
+
+    def _limit_unread(self) -> None:
+        """A worker may ask for everything at once, and once more when an answer is late."""
+        if self.core.serving is not None:
+            weights_bytes = sum(4 * block.elements for block in self.core.serving.blocks.values())
+            self._listener.limit_unread(max(UNREAD_BYTES, 2 * weights_bytes))
 
     def report(self) -> ShardReport:
         """The counters of a heartbeat."""
