@@ -119,6 +119,20 @@ def test_peers_without_keys_or_with_a_wrong_idea_of_ours_are_refused_and_counted
         until_failures(listener, before + 1)
 
 
+def test_process_that_is_refused_says_so_once_with_the_mend(
+    tmp_path: Path, folder: Path, open_transport: Opening, listener: ZeroMQListener, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_keys(tmp_path / "strange", "stranger")
+    strange = load_keys(tmp_path / "strange", "stranger", folder / "coordinator.key")
+    channel = open_transport(strange).connect(listener.address, strange.coordinator)
+    for number in (1, 2):
+        channel.send(TICK)
+        until_failures(listener, number)
+        assert channel.receive(0.5) is None
+        channel.reset()
+    assert capsys.readouterr().err.count("event=handshake-refused") == 1
+
+
 def test_keys_on_one_side_only_are_a_clear_error(folder: Path, open_transport: Opening) -> None:
     keys = load_keys(folder, "worker-0")
     with pytest.raises(TransportError, match="public key of tcp://127.0.0.1:5 is not known"):
