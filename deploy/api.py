@@ -33,12 +33,17 @@ class Answer(dict[str, Any]):
 
 
 class Api:
-    """One coordinator. Not for use by several threads at a time."""
+    """One coordinator. Not for use by several threads at a time.
 
-    def __init__(self, url: str, timeout_seconds: float = CALL_SECONDS) -> None:
+    Args:
+        token: what a coordinator with --token-file asks for; empty for none.
+    """
+
+    def __init__(self, url: str, timeout_seconds: float = CALL_SECONDS, token: str = "") -> None:
         self.url = url.rstrip("/")
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
         # The environment's proxies are for the world outside, not for a coordinator on this machine or network.
-        self._client = httpx.Client(timeout=timeout_seconds, trust_env=False)
+        self._client = httpx.Client(timeout=timeout_seconds, trust_env=False, headers=headers)
 
     def __enter__(self) -> Api:
         return self

@@ -73,6 +73,7 @@ def _spawn(home: Home, topology: Topology, lock: int) -> tuple[subprocess.Popen[
     arguments += ["--threads", str(topology.threads), "--lock-fd", str(lock), "--report-fd", str(writer)]
     for root in topology.data_roots:
         arguments += ["--data-root", str(root.resolve())]
+    arguments += topology.door_arguments()
     try:
         with (home.logs / "supervisor.log").open("wb") as output:
             process = subprocess.Popen(

@@ -33,6 +33,7 @@ class Record:
     control: str = ""
     shards: int = 0
     workers: int = 0
+    token_file: str = ""  # of the bearer token, for commands of this machine; empty where there is none
     deaths: list[dict[str, object]] = field(default_factory=list)  # {"name", "reason", "at"}
 
 

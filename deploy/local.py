@@ -50,6 +50,24 @@ class Topology:
     runs: Path = Path("runs")
     data_roots: tuple[Path, ...] = ()
     threads: int = 1  # torch threads a worker
+    allow_families: tuple[str, ...] = ()  # model families that jobs may use; all where there are none
+    keys: Path | None = None  # folder with the keys of all processes; without it loopback is open to this machine
+    token_file: Path | None = None  # of the bearer token that changes over HTTP need
+    token_for_reading: bool = False
+    insecure: bool = False  # let everybody who reaches a socket beyond loopback use it
+
+    def key_arguments(self) -> list[str]:
+        return [] if self.keys is None else ["--keys", str(self.keys.resolve())]
+
+    def family_arguments(self) -> list[str]:
+        return [argument for name in self.allow_families for argument in ("--allow-family", name)]
+
+    def door_arguments(self) -> list[str]:
+        """The options that say who may ask the coordinator for what; `deploy.supervisor` takes the same."""
+        arguments = self.key_arguments() + self.family_arguments()
+        arguments += [] if self.token_file is None else ["--token-file", str(self.token_file.resolve())]
+        arguments += ["--token-for-reading"] if self.token_for_reading else []
+        return arguments + (["--insecure"] if self.insecure else [])
 
 
 @dataclass(frozen=True)
@@ -148,7 +166,8 @@ class LocalCluster:
                 self._spawn(name, ["-m", "paramserver.shard", *self._joining(name), "--listen", LOOPBACK])
             for name in self.worker_names:
                 threads = str(self.topology.threads)
-                self._spawn(name, ["-m", "worker", *self._joining(name), "--threads", threads])
+                families = self.topology.family_arguments()
+                self._spawn(name, ["-m", "worker", *self._joining(name), "--threads", threads, *families])
             self._await_sessions({*self.shard_names, *self.worker_names}, stop, deadline)
         except OSError as error:
             self.stop()
@@ -158,7 +177,7 @@ class LocalCluster:
             raise
 
     def _joining(self, name: str) -> list[str]:
-        return ["--coordinator", self.control, "--name", name]
+        return ["--coordinator", self.control, "--name", name, *self.topology.key_arguments()]
 
     def start_coordinator(self, stop: StopRequest | None = None, deadline: float | None = None) -> None:
         """Start the coordinator, or start it again on the ports and the state that it had."""
@@ -171,7 +190,7 @@ class LocalCluster:
         arguments += ["--ready-file", str(ready)]
         for root in self.topology.data_roots:
             arguments += ["--data-root", str(root.resolve())]
-        self._spawn("coordinator", arguments)
+        self._spawn("coordinator", [*arguments, *self.topology.door_arguments()])
         self._await(ready.exists, "the coordinator to listen", stop or StopRequest(), deadline)
         addresses: dict[str, Any] = json.loads(ready.read_text(encoding="utf-8"))
         self.control, self.url = addresses["control"], addresses["http"]
@@ -206,7 +225,7 @@ class LocalCluster:
             stop.wait(POLL_SECONDS)
 
     def _await_sessions(self, names: set[str], stop: StopRequest, deadline: float) -> None:
-        with Api(self.url, timeout_seconds=2.0) as api:
+        with Api(self.url, timeout_seconds=2.0, token=self._token()) as api:
             missing = set(names)
 
             def all_heard() -> bool:
@@ -223,6 +242,10 @@ class LocalCluster:
                     raise
                 quoted = "\n".join(f"{name}:\n{last_lines(self.log_path(name), 3)}" for name in sorted(missing))
                 raise EngineError(f"{error}; not heard of:\n{quoted}") from None
+
+    def _token(self) -> str:
+        file = self.topology.token_file
+        return "" if file is None else file.read_text(encoding="utf-8").strip()  # the coordinator has checked it
 
     # ------------------------------------------------------------------------------ afterwards
 

@@ -32,6 +32,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--http", required=True)
     parser.add_argument("--data-root", type=Path, action="append", default=[])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--allow-family", action="append", default=[])
+    parser.add_argument("--keys", type=Path)
+    parser.add_argument("--token-file", type=Path)
+    parser.add_argument("--token-for-reading", action="store_true")
+    parser.add_argument("--insecure", action="store_true")
     parser.add_argument("--lock-fd", type=int, required=True, help="open and locked; inherited")
     parser.add_argument("--report-fd", type=int, required=True, help="the pipe that `up` reads; inherited")
     return parser.parse_args(arguments)
@@ -45,7 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.set_inheritable(options.lock_fd, False)
     os.set_inheritable(options.report_fd, False)
     home = Home(options.home)
-    record = Record(os.getpid(), "starting", shards=options.shards, workers=options.workers)
+    record = Record(
+        os.getpid(),
+        "starting",
+        shards=options.shards,
+        workers=options.workers,
+        token_file=str(options.token_file or ""),
+    )
     home.write(record)
     cluster = LocalCluster(
         options.home,
@@ -56,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs=options.runs,
             data_roots=tuple(options.data_root),
             threads=options.threads,
+            allow_families=tuple(options.allow_family),
+            keys=options.keys,
+            token_file=options.token_file,
+            token_for_reading=options.token_for_reading,
+            insecure=options.insecure,
         ),
     )
     try:

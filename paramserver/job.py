@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from paramserver.encoding import Encoding, EncodingError, EncodingOptions, encoding_names, make_encoding
 from paramserver.encoding.layers import FULL_PRECISION, encodings_by_block, layer_encoding
 from paramserver.explain import explain, found, nearest
-from paramserver.families import families, load_function
+from paramserver.families import families, known_families, load_function
 from paramserver.protocol.layout import Layout
 
 LOW_BITS = 2  # from here down an adaptive optimiser sees mostly what rounding did
@@ -339,10 +339,9 @@ def parse_job(content: object, source: str = "job") -> Job:
         raise JobError(explain(error, source, Job)) from None
     family = families().get(job.model.family)
     if family is None:
-        known = ", ".join(sorted(families())) or "none installed"
         raise JobError(
             f"{source}: model.family: unknown family {job.model.family!r}"
-            f"{nearest(job.model.family, families())} (known: {known})"
+            f"{nearest(job.model.family, families())} (known: {known_families()})"
         )
     problems, checked = [], {}
     for field, schema, given in (

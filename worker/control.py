@@ -90,11 +90,18 @@ class ControlLoop:
 
 
 class ControlThread:
-    """Runs a ControlLoop until `close`. The transport is made and used in its thread only."""
+    """Runs a ControlLoop until `close`. The transport is made and used in its thread only.
 
-    def __init__(self, make_transport: Callable[[], Transport], address: str, name: str, desk: Desk) -> None:
+    Args:
+        key: the coordinator's public key, where the cluster uses keys.
+    """
+
+    def __init__(
+        self, make_transport: Callable[[], Transport], address: str, name: str, desk: Desk, key: str = ""
+    ) -> None:
         self._make_transport = make_transport
         self._address = address
+        self._key = key
         self._name = name
         self._desk = desk
         self._must_end = threading.Event()
@@ -112,7 +119,7 @@ class ControlThread:
         try:
             transport = self._make_transport()
             try:
-                loop = ControlLoop(transport.connect(self._address), self._name, self._desk)
+                loop = ControlLoop(transport.connect(self._address, self._key), self._name, self._desk)
                 while not self._must_end.is_set():
                     loop.step(LOOK_SECONDS if self._desk.job is not None else IDLE_LOOK_SECONDS)
             finally:

@@ -116,7 +116,7 @@ class Exchange:
         if placed != list(range(len(blocks))):
             raise JobFailure(f"the placement names {len(placed)} blocks, not each of the layout's {len(blocks)} once")
         for shard in placement:
-            channel = transport.connect(shard.address)
+            channel = transport.connect(shard.address, shard.key)
             deadline = codec.deadline_seconds
             self._clients.append(ShardClient(channel, shard.shard, identity, term, deadline, counters, self))
             self._cuttings.append(Cutting([blocks[block] for block in shard.blocks], codec.encodings))

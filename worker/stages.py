@@ -8,7 +8,7 @@ from typing import Any, cast
 from safetensors.torch import save
 
 from models.task import Parameter, Task
-from paramserver.families import families, load_function
+from paramserver.families import families, known_families, load_function
 from paramserver.job import Job
 from paramserver.protocol.messages import Lease, LeaseDone
 from worker.counters import Counters
@@ -27,8 +27,10 @@ def build_task(job: Job, counters: Counters) -> Task:
     counters.device = str(device)
     family = families().get(job.model.family)
     if family is None:
-        known = ", ".join(sorted(families())) or "none"
-        raise JobFailure(f"this worker has no model family {job.model.family!r} (installed: {known}); install it here")
+        raise JobFailure(
+            f"this worker has no model family {job.model.family!r} (known: {known_families()}); "
+            "install it here, or allow it"
+        )
     try:
         # DataError is a ValueError; so is what a family's own schema refuses.
         arguments = family.arguments.model_validate(job.model.args)

@@ -33,6 +33,21 @@ def up(
         list[Path] | None, typer.Option(help="A folder that paths in submitted jobs may point into; repeatable.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Compute threads a worker.")] = 1,
+    allow_family: Annotated[
+        list[str] | None, typer.Option(help="A model family that jobs may use; repeatable (default: all installed).")
+    ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="Folder with the keys of all processes (see keygen); others are refused.")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with the bearer token that changes over HTTP need.")
+    ] = None,
+    token_for_reading: Annotated[
+        bool, typer.Option("--token-for-reading", help="Reading over HTTP needs the token as well.")
+    ] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let everybody who reaches --http submit and cancel jobs.")
+    ] = False,
     engine: Annotated[str, typer.Option(help="How processes are started: local.")] = "local",
     as_json: AsJson = False,
 ) -> None:
@@ -49,6 +64,11 @@ def up(
             raise InputError(
                 f"--data-root {str(root)!r}: there is no such folder; make it, or name the one with the data"
             )
+    _check_token(token_file, token_for_reading)
+    if keys is not None:
+        _check_keys(
+            keys, ["coordinator", *(f"shard-{i}" for i in range(shards)), *(f"worker-{i}" for i in range(workers))]
+        )
     home = default_home()
     topology = Topology(
         shards=shards,
@@ -57,6 +77,11 @@ def up(
         runs=runs or home.directory / "runs",
         data_roots=tuple(data_root or ()),
         threads=threads,
+        allow_families=tuple(allow_family or ()),
+        keys=keys,
+        token_file=token_file,
+        token_for_reading=token_for_reading,
+        insecure=insecure,
     )
     try:
         record = bring_up(home, topology)
@@ -69,6 +94,33 @@ def up(
         return
     print(f"The cluster is ready: {shards} shards, {workers} workers, {record.url} (pid {record.pid}).")
     print("Train with `paramserver submit JOB.yaml`, watch with `paramserver status`, end with `paramserver down`.")
+
+
+def _check_token(token_file: Path | None, token_for_reading: bool) -> None:
+    """What the coordinator would refuse a moment later, said before anything starts."""
+    from paramserver.status.access import AccessError, make_access
+
+    try:
+        make_access("", token_file, token_for_reading)
+    except AccessError as error:
+        raise InputError(str(error)) from None
+
+
+def _check_keys(folder: Path, names: list[str]) -> None:
+    """Every process that is to be started has its keys. Raises InputError."""
+    from paramserver.protocol.keys import SECRET, KeysError, load_keys
+
+    missing = [name for name in names if not (folder / f"{name}{SECRET}").exists()]
+    if missing:
+        raise InputError(
+            f"--keys {folder}: there is no secret key of {', '.join(missing)}; make them with "
+            f"`paramserver keygen --to {folder} {' '.join(missing)}`"
+        )
+    try:
+        for name in names:
+            load_keys(folder, name)
+    except KeysError as error:
+        raise InputError(str(error)) from None
 
 
 def down() -> None:

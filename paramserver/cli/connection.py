@@ -1,10 +1,15 @@
-"""Which coordinator a command speaks to: --url, else PARAMSERVER_URL, else the cluster of this machine."""
+"""Which coordinator a command speaks to: --url, else PARAMSERVER_URL, else the cluster of this machine.
+
+The bearer token is PARAMSERVER_TOKEN; for the cluster of this machine also the one of its --token-file. It never goes
+to a URL that somebody else's environment or command line named, unless PARAMSERVER_TOKEN says so.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,8 +18,10 @@ from paramserver.cli.errors import FailedError, InputError
 
 if TYPE_CHECKING:
     from deploy.api import Api
+    from deploy.home import Record
 
 VARIABLE = "PARAMSERVER_URL"
+TOKEN_VARIABLE = "PARAMSERVER_TOKEN"
 
 Url = Annotated[
     str | None, typer.Option("--url", help=f"The coordinator, http://HOST:PORT (default: {VARIABLE}, then `up`'s).")
@@ -26,8 +33,10 @@ def connected(url: str | None) -> Iterator[Api]:
     """The coordinator's interface; whatever it refuses inside the block ends the command with a clear message."""
     from deploy.api import Api, ApiError
 
+    named = url or os.environ.get(VARIABLE)
+    record = None if named else _local_record()
     try:
-        with Api(url or os.environ.get(VARIABLE) or _local_url()) as api:
+        with Api(named or (record.url if record else ""), token=_token(record)) as api:
             yield api
     except ApiError as error:
         if 400 <= error.status < 500:
@@ -50,7 +59,19 @@ def _why_silent() -> str:
     return ""
 
 
-def _local_url() -> str:
+def _token(record: Record | None) -> str:
+    """The bearer token to show, empty where none is known. Raises InputError."""
+    from paramserver.status.access import AccessError, check_token, read_token
+
+    try:
+        if given := os.environ.get(TOKEN_VARIABLE, "").strip():
+            return check_token(given, TOKEN_VARIABLE)
+        return read_token(Path(record.token_file)) if record is not None and record.token_file else ""
+    except AccessError as error:
+        raise InputError(str(error)) from None
+
+
+def _local_record() -> Record:
     from deploy.home import default_home
 
     home = default_home()
@@ -62,4 +83,4 @@ def _local_url() -> str:
         )
     if not record.url:
         raise FailedError("the cluster of this machine is still starting; try again in a moment")
-    return record.url
+    return record

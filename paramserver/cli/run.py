@@ -84,20 +84,26 @@ def _train(job: Job, directory: Path, runs: Path, threads: int, stop: StopReques
     """The result of the job, or {"state": "cancelled"} where a stop came before there was one."""
     from deploy.api import Api, ApiError
     from deploy.local import EngineError, LocalCluster, StoppedEarlyError, Topology
+    from paramserver.status.access import make_token
 
+    # It reads whatever its user can, so that nobody else of this machine may ask it for anything.
+    token_file = directory / "token"
+    token = make_token(token_file)
     topology = Topology(
         shards=job.cluster.shards,
         workers=job.cluster.workers,
         runs=runs,
         data_roots=(Path("/"),),  # an embedded run reads whatever its user can
         threads=threads,
+        token_file=token_file,
+        token_for_reading=True,
     )
     progress = Progress()
     try:
         with LocalCluster(directory, topology) as cluster:
             progress.show(f"starting {topology.shards} shards and {topology.workers} workers")
             cluster.start(stop)
-            with Api(cluster.url) as api:
+            with Api(cluster.url, token=token) as api:
                 job_id = api.submit(job.json_text())["id"]
                 _follow(cluster, api, job_id, stop, progress)
             progress.close()

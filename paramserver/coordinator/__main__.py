@@ -11,9 +11,12 @@ from pathlib import Path
 from paramserver.coordinator.runs import RunFolder
 from paramserver.coordinator.server import CoordinatorServer
 from paramserver.coordinator.store import Store, StoreError
+from paramserver.families import FamiliesError, allow_families
 from paramserver.process import identify, install_stop, log
+from paramserver.protocol.keys import COORDINATOR, KeysError, load_keys
 from paramserver.protocol.transport import TransportError
 from paramserver.protocol.zeromq import ZeroMQTransport
+from paramserver.status.access import AccessError, make_access
 from paramserver.status.http import HttpError, HttpServer
 
 
@@ -27,6 +30,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--data-root", type=Path, action="append", default=[], help="folder that a job's paths may be in; repeatable"
     )
+    parser.add_argument(
+        "--allow-family",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="model family that jobs may use; repeatable (default: all that are installed)",
+    )
+    parser.add_argument("--keys", type=Path, help="folder with coordinator.key_secret and NAME.key of all who may join")
+    parser.add_argument("--token-file", type=Path, help="file with the bearer token that changes over HTTP need")
+    parser.add_argument("--token-for-reading", action="store_true", help="reading over HTTP needs the token as well")
+    parser.add_argument(
+        "--http-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name of this machine in URLs of the HTTP API, beside its host name and addresses; repeatable",
+    )
+    parser.add_argument(
+        "--insecure", action="store_true", help="let everybody who reaches a socket beyond loopback use it"
+    )
     return parser.parse_args(arguments)
 
 
@@ -34,18 +57,27 @@ def main() -> int:
     options = parse()
     identify("coordinator", "coordinator")
     stop = install_stop()
-    transport, ringing = ZeroMQTransport(), ZeroMQTransport()
+    try:
+        allow_families(options.allow_family)
+        keys = None if options.keys is None else load_keys(options.keys, COORDINATOR)
+        access = make_access(
+            options.http, options.token_file, options.token_for_reading, options.http_name, options.insecure
+        )
+    except (FamiliesError, KeysError, AccessError) as error:
+        log("refused", level="error", reason=error)
+        return 1
+    key = "" if keys is None else keys.own.public
+    transport, ringing = ZeroMQTransport(keys, options.insecure), ZeroMQTransport(keys)
     try:
         store = Store(options.state)
         try:
-            server = CoordinatorServer(
-                transport, ringing, options.listen, store, RunFolder(options.runs), options.data_root
-            )
-            http = HttpServer(server.commands, options.http)
+            runs = RunFolder(options.runs)
+            server = CoordinatorServer(transport, ringing, options.listen, store, runs, options.data_root, key=key)
+            http = HttpServer(server.commands, options.http, access)
             http.start()
             try:
                 _write_ready(options.ready_file, server.address, http.address)
-                log("listening", control=server.address, http=http.address)
+                log("listening", control=server.address, http=http.address, keys=options.keys or "none")
                 server.run(stop)
             finally:
                 http.close()

@@ -26,6 +26,7 @@ from paramserver.coordinator.effects import (
 from paramserver.coordinator.lifecycle import ACTIVE_STATES, FINAL_STATES, JobRun
 from paramserver.coordinator.report import empty_result, job_figures, job_result, session_figures
 from paramserver.coordinator.sessions import Session, Sessions
+from paramserver.coordinator.telemetry import slim
 from paramserver.job import Cluster as ClusterNeeds
 from paramserver.job import Job, parse_job
 from paramserver.protocol.messages import (
@@ -91,6 +92,7 @@ class Stored:
     incarnations: Mapping[str, int] | None = None
     documents: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None  # job -> kind -> body
     results: Mapping[str, Sequence[LeaseResult]] | None = None  # of jobs that are active
+    keys: Mapping[str, str] | None = None  # name -> public key of the last process that carried it
 
 
 class CoordinatorCore:
@@ -101,7 +103,9 @@ class CoordinatorCore:
 
     def __init__(self, now: float, stored: Stored | None = None, sessions: Sessions | None = None) -> None:
         stored = stored or Stored()
-        self.sessions = sessions or Sessions(stored.incarnations or {})
+        self.sessions = sessions or Sessions(stored.incarnations or {}, keys=stored.keys, now=now)
+        self.key_of: Callable[[Peer], str] = lambda peer: ""
+        """The public key that a peer has proven to hold; empty where the cluster uses no keys."""
         self.counts: Counter[str] = Counter()
         """Refused or inconsistent messages by name."""
         self.jobs: dict[str, JobRecord] = {record.id: record for record in stored.jobs}
@@ -173,21 +177,31 @@ class CoordinatorCore:
 
     def _register(self, peer: Peer, message: Register, now: float) -> None:
         self._expire(now)
-        known = self.sessions.incarnations.get(message.name)
-        answer = self.sessions.register(peer, message, now)
+        key = self.key_of(peer)
+        known = self.sessions.incarnations.get(message.name), self.sessions.keys.get(message.name, "")
+        answer = self.sessions.register(peer, message, now, key)
         if isinstance(answer, Refusal):
             self._refuse(peer, answer.code, answer.detail)
             return
         assert isinstance(answer, Registered)
-        if answer.incarnation != known:
-            self._effects.append(SaveName(message.name, answer.incarnation))
+        if (answer.incarnation, key) != known:
+            self._effects.append(SaveName(message.name, answer.incarnation, key))
         self._effects.append(Send(peer, answer))
         session = self.sessions.get(message.name)
         if session is not None and session.role == "shard" and self._run is not None:
             self._run.shard_joined(session, now)
         self._move_on(now)
 
+    def _is_impostor(self, peer: Peer, name: str) -> bool:
+        """Whether a peer speaks in the name of a live process that has another key; it is refused then."""
+        if not self.sessions.is_of_another(name, self.key_of(peer)):
+            return False
+        self._refuse(peer, "wrong-key", f"{name!r} is a live process with another key")
+        return True
+
     def _hear(self, peer: Peer, beat: Heartbeat, now: float) -> None:
+        if self._is_impostor(peer, beat.name):
+            return
         session = self.sessions.hear(peer, beat, now)
         if session is None:
             detail = f"there is no session of {beat.name!r} with incarnation {beat.incarnation}: register again"
@@ -197,7 +211,7 @@ class CoordinatorCore:
         if not isinstance(beat.report, expected):
             self._refuse(peer, "malformed", f"{session.name!r} is a {session.role}, its report is not")
             return
-        session.report = beat.report
+        session.report = slim(beat.report)
         confirmed: list[int] = []
         if self._run is not None:
             if isinstance(beat.report, WorkerReport):
@@ -209,6 +223,8 @@ class CoordinatorCore:
         self._tell_changes(now)
 
     def _store_part(self, peer: Peer, part: ExportPart, frames: Sequence[memoryview], now: float) -> None:
+        if self._is_impostor(peer, part.name):
+            return
         session = self.sessions.get(part.name)
         if session is None or session.incarnation != part.incarnation:
             self._refuse(peer, "unknown-session", f"there is no session of {part.name!r}: register again")
@@ -253,7 +269,7 @@ class CoordinatorCore:
             return None
         if session.role == "shard":
             order = run.shard_order(session, workers)
-            return None if order is None else (order.job, order.members)
+            return None if order is None else (order.job, order.members, order.workers)
         stage = run.stage_of(session, workers)
         return None if stage is None else (run.record.id, stage, run.is_placed(shards))
 

@@ -46,6 +46,7 @@ class Send:
 class SaveName:
     name: str
     incarnation: int
+    key: str = ""  # of the process that carries it, where the cluster uses keys
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from paramserver.protocol.messages import (
     ShardAddress,
     ShardOrder,
     ShardReport,
+    WorkerKey,
     WorkerOrder,
     WorkerReport,
 )
@@ -84,7 +85,7 @@ class JobRun:
         self.placement: Placement | None = None
         self.workers_lost: list[str] = []
         self._fingerprint = ""
-        self._shard_orders: dict[str, tuple[tuple[Member, ...], ShardOrder]] = {}
+        self._shard_orders: dict[str, ShardOrder] = {}
         self._effects = effects
         self._count = count
         self._entered = now
@@ -228,7 +229,8 @@ class JobRun:
         self.placement = Placement(
             TERM,
             tuple(
-                PlacedShard(name, here[name].incarnation, here[name].address, blocks) for name, blocks in placed.items()
+                PlacedShard(name, here[name].incarnation, here[name].address, blocks, here[name].key)
+                for name, blocks in placed.items()
             ),
         )
         body = {
@@ -305,7 +307,7 @@ class JobRun:
         """Take in a worker's report. Returns the numbers of the leases that it may forget."""
         if report.job != self.record.id:
             return []
-        self.telemetry.workers[session.name, session.incarnation] = report
+        self.telemetry.take_worker(session.name, session.incarnation, report)
         if report.failed:
             self.fail(f"{session.name!r} says: {report.failed}", now)
             return []
@@ -369,10 +371,11 @@ class JobRun:
         if placed is None or self.layout is None or placed.incarnation != session.incarnation:
             return None
         members = self.members(workers)
+        keys = tuple(WorkerKey(worker.name, worker.incarnation, worker.key) for worker in workers if worker.key)
         known = self._shard_orders.get(session.name)
         # The same object while nothing changes: comparing and sending it again costs nothing.
-        if known is None or known[0] != members:
-            order = ShardOrder(
+        if known is None or (known.members, known.workers) != (members, keys):
+            known = self._shard_orders[session.name] = ShardOrder(
                 job=self.record.id,
                 specification=self.record.specification,
                 term=TERM,
@@ -380,9 +383,9 @@ class JobRun:
                 layout=self.layout,
                 blocks=placed.blocks,
                 members=members,
+                workers=keys,
             )
-            known = self._shard_orders[session.name] = members, order
-        return known[1]
+        return known
 
     def is_placed(self, shards: list[Session]) -> bool:
         """Whether workers may be sent to the shards: the blocks are placed and every shard serves its own."""
@@ -433,7 +436,9 @@ class JobRun:
             term=TERM if is_placed else 0,
             phase=0,
             layout=self.layout if is_placed else None,
-            placement=tuple(ShardAddress(shard.name, shard.address, shard.blocks) for shard in shards_placed),
+            placement=tuple(
+                ShardAddress(shard.name, shard.address, shard.blocks, shard.key) for shard in shards_placed
+            ),
             grants=tuple(lease for _, lease in worker.pending.values() if kind == lease.kind),
             hold=hold,
         )

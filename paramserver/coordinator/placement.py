@@ -21,6 +21,7 @@ class PlacedShard:
     incarnation: int
     address: str
     blocks: tuple[int, ...]
+    key: str = ""  # its public key, where the cluster uses keys
 
 
 @dataclass(frozen=True)

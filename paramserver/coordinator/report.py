@@ -128,6 +128,7 @@ def session_figures(session: Session, now: float) -> dict[str, Any]:
         "host": session.host,
         "pid": session.pid,
         "address": session.address,
+        "key": session.key,
         "seconds_since_heartbeat": max(0.0, now - session.heard_at),
         "seconds_alive": now - session.since,
         "job": session.report.job if session.report else "",

@@ -30,14 +30,16 @@ from paramserver.coordinator.store import Store
 from paramserver.coordinator.submission import check_submission
 from paramserver.job import Job
 from paramserver.process import StopRequest, log
-from paramserver.protocol.messages import Tick
-from paramserver.protocol.transport import Listener, Malformed, Transport
+from paramserver.protocol.messages import Refusal, Tick
+from paramserver.protocol.patience import HOSTILE, IGNORE_SECONDS, Patience
+from paramserver.protocol.transport import Listener, Malformed, Peer, Transport
 
 TICK_SECONDS = 0.5
 GAP_SECONDS = 1.5  # a longer time between two rounds of the loop is a gap: nobody could be heard
 BATCH_MESSAGES = 256  # handled in a row before commands and time get a look
 SNAPSHOT_SECONDS = 1.0
 COMMAND_SECONDS = 10.0  # how long HTTP waits for the loop
+WEARING = HOSTILE | {"unknown-session", "wrong-job"}  # a process of ours registers again after the first of these
 
 T = TypeVar("T")
 
@@ -52,11 +54,12 @@ class Doorbell:
     Args:
         listening: the loop's transport.
         ringing: another one, because a transport belongs to one thread; here the lock keeps that promise.
+        key: the public key of both, where they use keys.
     """
 
-    def __init__(self, listening: Transport, ringing: Transport) -> None:
+    def __init__(self, listening: Transport, ringing: Transport, key: str = "") -> None:
         self.listener: Listener = listening.listen("tcp://127.0.0.1:0")
-        self._channel = ringing.connect(self.listener.address)
+        self._channel = ringing.connect(self.listener.address, key)
         self._lock = threading.Lock()
 
     def ring(self) -> None:
@@ -78,6 +81,7 @@ class CoordinatorServer:
         transport: used by the thread that calls `run` only.
         ringing: a transport of its own for the doorbell; see Doorbell.
         listen: where processes find the coordinator. Raises TransportError where it cannot be bound.
+        key: the coordinator's own public key, where the transports use keys.
     """
 
     def __init__(
@@ -89,16 +93,19 @@ class CoordinatorServer:
         runs: RunFolder,
         data_roots: Sequence[Path] = (),
         clock: Callable[[], float] = monotonic,
+        key: str = "",
     ) -> None:
         self._transport = transport
         self._listener = transport.listen(listen)
-        self._doorbell = Doorbell(transport, ringing)
+        self._doorbell = Doorbell(transport, ringing, key)
         self._store = store
         self._runs = runs
         self._clock = clock
         self.core = CoordinatorCore(clock(), store.load())
+        self.core.key_of = self._listener.key_of
         self._commands: queue.SimpleQueue[tuple[Callable[[], None], Callable[[], bool]]] = queue.SimpleQueue()
         self._is_closed = False
+        self._patience = Patience()
         self.commands = ServerCommands(self, list(data_roots))
 
     @property
@@ -143,12 +150,27 @@ class CoordinatorServer:
             received = self._listener.receive(0)
             if received is None:
                 return handled
+            if self._patience and self._is_ignored(received.peer):
+                continue
             if isinstance(received, Malformed):
                 effects = self.core.malformed(received.peer, received.reason)
             else:
                 effects = self.core.handle(received.peer, received.message, received.frames, self._clock())
             self._carry_out(effects)
+            for effect in effects:
+                if isinstance(effect, Send) and isinstance(effect.message, Refusal) and effect.message.code in WEARING:
+                    self._tire(effect.peer)
         return BATCH_MESSAGES
+
+    def _is_ignored(self, peer: Peer) -> bool:
+        if not self._patience.is_ignored(self._listener.key_of(peer).encode() or peer, self._clock()):
+            return False
+        self.core.counts["ignored"] += 1
+        return True
+
+    def _tire(self, peer: Peer) -> None:
+        if self._patience.wears_out(self._listener.key_of(peer).encode() or peer, self._clock()):
+            log("peer-ignored", level="warning", seconds=IGNORE_SECONDS, key=self._listener.key_of(peer) or "none")
 
     def _run_commands(self) -> None:
         while True:

@@ -2,6 +2,10 @@
 
 A name belongs to one live process. Its incarnation grows with every process that carries it, also across
 restarts of the coordinator, so that a successor is never taken for its predecessor.
+
+Where the cluster uses keys a session is bound to the key of its connection: another key neither renews nor moves it.
+A name whose process may live, although it has no session, is kept for its key: an incarnation until its successor, and
+every name for as long as a session lasts after the coordinator's own start.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from paramserver.protocol.transport import Peer
 HEARTBEAT_SECONDS = 0.5
 SESSION_SECONDS = 3.0
 MAX_SESSIONS = 8192
+MAX_NAMES = 100_000  # names are never forgotten, so that an incarnation never comes again
 
 
 @dataclass
@@ -46,19 +51,28 @@ class Session:
     """Grants that no heartbeat has shown yet: lease number -> (first order that carried it, lease)."""
     stale: set[int] = field(default_factory=set)
     """Leases that it held at the last heartbeat and that are not its own any more."""
+    key: str = ""  # the public key that it has proven to hold; empty where the cluster uses no keys
     told: object = None  # what the last order was about: another one is sent unasked when this changes
 
 
 class Sessions:
-    """The members by name. `incarnations` holds the last one of every name that was ever heard of."""
+    """The members by name. `incarnations` holds the last one of every name that was ever heard of, `keys` its key.
+
+    Args:
+        now: monotonic seconds, as in every later call.
+    """
 
     def __init__(
         self,
         incarnations: Mapping[str, int],
         heartbeat_seconds: float = HEARTBEAT_SECONDS,
         session_seconds: float = SESSION_SECONDS,
+        keys: Mapping[str, str] | None = None,
+        now: float = 0.0,
     ) -> None:
         self.incarnations = dict(incarnations)
+        self.keys = dict(keys or {})
+        self._kept_until = now + session_seconds
         self.heartbeat_seconds = heartbeat_seconds
         self.session_seconds = session_seconds
         self._live: dict[str, Session] = {}
@@ -73,7 +87,7 @@ class Sessions:
         """The live members of a role that have sent a heartbeat, by name."""
         return [session for session in self.all() if session.role == role and session.report is not None]
 
-    def register(self, peer: Peer, message: Register, now: float) -> Registered | Refusal:
+    def register(self, peer: Peer, message: Register, now: float, key: str = "") -> Registered | Refusal:
         """Let a process join, or join again. Call `expire` first: a dead namesake must be gone by then."""
         if message.version != PROTOCOL_VERSION:
             return Refusal(
@@ -85,6 +99,11 @@ class Sessions:
             return Refusal(code="malformed", detail=f"shard {message.name!r} registered without an address")
         last = self.incarnations.get(message.name, 0)
         live = self._live.get(message.name)
+        if self._is_kept_from(key, message, live, now):
+            return Refusal(
+                code="wrong-key",
+                detail=f"{message.name!r} belongs to a process with another key; start this one with another --name",
+            )
         if live is not None and not _is_same_process(live, peer, message):
             return Refusal(
                 code="name-taken",
@@ -92,6 +111,12 @@ class Sessions:
             )
         if live is None and len(self._live) >= MAX_SESSIONS:
             return Refusal(code="not-served", detail=f"there are {MAX_SESSIONS} members already, the most allowed")
+        if message.name not in self.incarnations and len(self.incarnations) >= MAX_NAMES:
+            return Refusal(
+                code="not-served",
+                detail=f"{MAX_NAMES} names were used already, the most allowed; give processes stable names, or start "
+                "the coordinator with a fresh --state",
+            )
         if live is None and 0 < message.incarnation < last:
             return Refusal(
                 code="name-taken",
@@ -102,6 +127,7 @@ class Sessions:
         else:
             incarnation = message.incarnation or last + 1
             self.incarnations[message.name] = incarnation
+            self.keys[message.name] = key
             live = self._live[message.name] = Session(
                 name=message.name,
                 role=message.role,
@@ -112,12 +138,26 @@ class Sessions:
                 pid=message.pid,
                 since=now,
                 heard_at=now,
+                key=key,
             )
         return Registered(
             incarnation=live.incarnation,
             heartbeat_seconds=self.heartbeat_seconds,
             session_seconds=self.session_seconds,
         )
+
+    def is_of_another(self, name: str, key: str) -> bool:
+        """Whether this key speaks in the name of a live process that has another."""
+        session = self._live.get(name)
+        return session is not None and session.key != key
+
+    def _is_kept_from(self, key: str, message: Register, live: Session | None, now: float) -> bool:
+        if live is not None:
+            return live.key != key
+        owner = self.keys.get(message.name, "")
+        if not key or not owner or owner == key:
+            return False
+        return now < self._kept_until or 0 < message.incarnation == self.incarnations.get(message.name)
 
     def hear(self, peer: Peer, beat: Heartbeat, now: float) -> Session | None:
         """The session that a heartbeat renews, or None when there is no such session."""
@@ -136,6 +176,7 @@ class Sessions:
 
     def extend(self, seconds: float) -> None:
         """The coordinator itself was away for so long: nobody could be heard."""
+        self._kept_until += seconds
         for session in self._live.values():
             session.heard_at += seconds
 

@@ -43,6 +43,9 @@ CREATE TABLE done (
 """
 
 
+_KEYS = "CREATE TABLE IF NOT EXISTS keys (name TEXT PRIMARY KEY, key TEXT NOT NULL) WITHOUT ROWID"
+
+
 class StoreError(Exception):
     """A store that cannot be used: the text says which file, why, and what to do."""
 
@@ -68,6 +71,8 @@ class Store:
                 for statement in _TABLES.split(";"):
                     self._connection.execute(statement)
                 self._connection.execute(f"PRAGMA user_version = {FORMAT}")
+            if found in (0, FORMAT):
+                self._connection.execute(_KEYS)
             self._connection.execute("COMMIT")
         except sqlite3.OperationalError as error:
             self._connection.close()
@@ -106,6 +111,8 @@ class Store:
         match fact:
             case SaveName():
                 execute("INSERT OR REPLACE INTO names VALUES (?, ?)", (fact.name, fact.incarnation))
+                if fact.key:
+                    execute("INSERT OR REPLACE INTO keys VALUES (?, ?)", (fact.name, fact.key))
             case SaveJob():
                 record = fact.record
                 execute(
@@ -182,4 +189,5 @@ class Store:
             if job.state in ACTIVE_STATES
         }
         incarnations = dict(execute("SELECT name, incarnation FROM names"))
-        return Stored(jobs=jobs, incarnations=incarnations, documents=documents, results=results)
+        keys = dict(execute("SELECT name, key FROM keys"))
+        return Stored(jobs=jobs, incarnations=incarnations, documents=documents, results=results, keys=keys)

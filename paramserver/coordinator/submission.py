@@ -16,7 +16,7 @@ MAX_DEPTH = 32
 
 
 def check_submission(text: str, data_roots: Sequence[Path]) -> Job:
-    """The job of a YAML or JSON text, with its data paths absolute. Raises JobError."""
+    """The job of a YAML or JSON text, with the paths in it absolute. Raises JobError."""
     job = _parse(text)
     examples = lease_examples_of(job)
     if not isinstance(examples, int) or not 1 <= examples <= MAX_LEASE_EXAMPLES:
@@ -24,7 +24,9 @@ def check_submission(text: str, data_roots: Sequence[Path]) -> Job:
             f"{SOURCE}: data: found {examples!r} examples a lease; allowed are 1 to {MAX_LEASE_EXAMPLES}; "
             "change data.batch"
         )
-    return job.model_copy(update={"data": _inside("data", job.data, [root.resolve() for root in data_roots])})
+    roots = [root.resolve() for root in data_roots]
+    model = job.model.model_copy(update={"args": _inside("model.args", job.model.args, roots)})
+    return job.model_copy(update={"model": model, "data": _inside("data", job.data, roots)})
 
 
 def _parse(text: str) -> Job:

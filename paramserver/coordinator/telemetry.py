@@ -12,10 +12,13 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+from msgspec import structs
+
 from paramserver.encoding.layers import FULL_PRECISION
 from paramserver.protocol.messages import ShardReport, StalenessRow, TrafficRow, WorkerReport
 from paramserver.shard.staleness import LOWER_EDGES, add_counts, summarise
 
+MOST_WORKERS = 16_384  # incarnations of workers that one job's counters are kept of; the oldest are forgotten
 RATE_SECONDS = 5.0  # rates are means over the last so many seconds
 
 
@@ -31,6 +34,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items()}
     return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def slim(report: ShardReport | WorkerReport) -> ShardReport | WorkerReport:
+    """A report without what is taken in when it comes and need not be kept: a layout may have megabytes."""
+    if isinstance(report, ShardReport):
+        return report
+    return structs.replace(report, layout=None, examples={}, returned=(), done=(), begun=())
 
 
 def ratio(above: float, below: float) -> float | None:
@@ -49,6 +59,13 @@ class Telemetry:
         self.shards: dict[str, ShardReport] = {}
         self.workers: dict[tuple[str, int], WorkerReport] = {}
         self._samples: deque[tuple[float, dict[str, float]]] = deque()
+
+    def take_worker(self, name: str, incarnation: int, report: WorkerReport) -> None:
+        kept = slim(report)
+        assert isinstance(kept, WorkerReport)
+        self.workers[name, incarnation] = kept
+        if len(self.workers) > MOST_WORKERS:
+            del self.workers[next(iter(self.workers))]
 
     @property
     def steps(self) -> int:
@@ -183,6 +200,7 @@ class Telemetry:
         shards, workers = self.shards.values(), self.workers.values()
         return {
             "duplicates": sum(report.duplicates for report in shards),
+            "dropped_answers": sum(report.dropped for report in shards),
             "handshake_failures": sum(report.handshake_failures for report in shards),
             "retries": sum(report.retries for report in workers),
             "reconnections": sum(report.reconnections for report in workers),

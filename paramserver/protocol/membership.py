@@ -98,7 +98,7 @@ class Membership:
             case Refusal(code="unknown-session"):
                 self.is_registered = False
                 self._next_at = 0.0
-            case Refusal(code="name-taken"):
+            case Refusal(code="name-taken" | "wrong-key"):
                 self.is_registered = False
                 self._refused_since = now if self._refused_since is None else self._refused_since
                 if now - self._refused_since > 2 * self.session_seconds:

@@ -101,8 +101,8 @@ class MemoryNetwork:
                 channel._establish()
         return listener
 
-    def connect(self, address: str) -> MemoryChannel:
-        """Connect to a listener; it need not be there yet."""
+    def connect(self, address: str, key: str = "") -> MemoryChannel:
+        """Connect to a listener; it need not be there yet. Keys are not used in memory."""
         channel = MemoryChannel(self, address)
         self._channels.append(channel)
         if address in self._listeners:
@@ -276,6 +276,10 @@ class MemoryListener(_MemoryEndpoint):
     """The bound side. Made by `MemoryNetwork.listen`."""
 
     handshake_failures = 0  # there is no handshake in memory
+    dropped = 0  # see Faults
+
+    def limit_unread(self, limit_bytes: int) -> None:
+        """Links in memory have no queue that a peer could leave unread."""
 
     def __init__(self, network: MemoryNetwork, address: str) -> None:
         super().__init__(network, address)
@@ -293,6 +297,9 @@ class MemoryListener(_MemoryEndpoint):
             self._network._count("unreachable")
             return SENT
         return self._network._send(link, parts)
+
+    def key_of(self, peer: Peer) -> str:
+        return ""
 
     def is_there(self, peer: Peer) -> bool:
         return peer in self._links

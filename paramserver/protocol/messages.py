@@ -25,6 +25,7 @@ Text = Annotated[str, Meta(max_length=4096)]
 Count = Annotated[int, Meta(ge=0, lt=2**62)]
 Edition = Annotated[int, Meta(ge=-1, lt=2**62)]  # -1: "I hold none"
 Seconds = Annotated[float, Meta(ge=0)]
+PublicKey = Annotated[str, Meta(max_length=64)]  # in Z85; empty where the cluster uses no keys
 
 # Named refusals. A refusal changes nothing, is counted by its name, and goes back to the sender.
 RefusalCode = Literal[
@@ -46,6 +47,7 @@ RefusalCode = Literal[
     "unknown-worker",  # no Hello was heard from this peer
     "unknown-session",  # the coordinator does not know this process: register again
     "name-taken",  # a live process carries this name
+    "wrong-key",  # the name, or the incarnation, belongs to a process with another key
     "not-served",  # a message that this process never takes
 ]
 
@@ -270,6 +272,7 @@ class ShardAddress(Struct, frozen=True, array_like=True):
     shard: Name
     address: Text
     blocks: tuple[Count, ...]
+    key: PublicKey = ""  # who answers there: it has proven to the coordinator that it holds this key
 
 
 class Member(Struct, frozen=True, array_like=True):
@@ -277,6 +280,14 @@ class Member(Struct, frozen=True, array_like=True):
 
     worker: Name
     incarnation: Count
+
+
+class WorkerKey(Struct, frozen=True, array_like=True):
+    """Who may say Hello: the live worker of this name and incarnation, with the key that it has proven to hold."""
+
+    worker: Name
+    incarnation: Count
+    key: PublicKey
 
 
 class ShardOrder(Struct, frozen=True, array_like=True, tag="shard-order"):
@@ -289,6 +300,7 @@ class ShardOrder(Struct, frozen=True, array_like=True, tag="shard-order"):
     layout: Layout
     blocks: tuple[Count, ...]
     members: tuple[Member, ...] = ()
+    workers: tuple[WorkerKey, ...] = ()  # all live ones; empty where the cluster uses no keys
 
 
 class WorkerOrder(Struct, frozen=True, array_like=True, tag="worker-order"):
@@ -360,6 +372,7 @@ class ShardReport(Struct, frozen=True, array_like=True, tag="shard-report"):
     editions: Count = 0  # published, over all blocks
     replica_distance: float = 0.0  # |weights - published| / |weights|, now
     publish_period: Count = 0  # updates of a block between two editions, the longest now; 0: every version is one
+    dropped: Count = 0  # answers to workers that are gone, or that have left too much unread
 
 
 class WorkerReport(Struct, frozen=True, array_like=True, tag="worker-report"):

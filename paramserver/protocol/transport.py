@@ -92,12 +92,28 @@ class Listener(Protocol):
         """Connections that died in the transport's own handshake."""
         ...
 
+    @property
+    def dropped(self) -> int:
+        """Messages that were not sent: their peer is gone, or has left too much unread."""
+        ...
+
+    def limit_unread(self, limit_bytes: int) -> None:
+        """What one peer may leave unread in bytes; a peer that leaves more gets nothing until it has read some."""
+        ...
+
     def send(self, peer: Peer, message: Message, frames: Sequence[Buffer] = ()) -> Sending:
         """Queue a message for a peer. A peer that is gone, or whose queue is full, drops it: peers retry."""
         ...
 
     def memory(self, peer: Peer) -> FrameMemory | None:
         """Where frames to this peer are best written; None where it shares no memory with us."""
+        ...
+
+    def key_of(self, peer: Peer) -> str:
+        """The public key that the other end of this connection has proven to hold; empty where keys are not used.
+
+        What is called by this Peer holds this key, also after it has reconnected.
+        """
         ...
 
     def is_there(self, peer: Peer) -> bool:
@@ -150,8 +166,11 @@ class Transport(Protocol):
         """Bind, for example "tcp://127.0.0.1:0". Raises TransportError (address in use, not an address)."""
         ...
 
-    def connect(self, address: str) -> Channel:
-        """Connect to a listener; it need not be there yet. Raises TransportError when it is no address."""
+    def connect(self, address: str, key: str = "") -> Channel:
+        """Connect to a listener; it need not be there yet. Raises TransportError when it is no address.
+
+        `key` is the listener's public key, empty where keys are not used.
+        """
         ...
 
     def wait(self, endpoints: Sequence[Endpoint], timeout_seconds: float) -> list[Endpoint]:

@@ -1,4 +1,4 @@
-"""The transport over ZeroMQ: the only user of zmq. Listeners are ROUTER sockets, channels DEALER sockets.
+"""The transport over ZeroMQ: listeners are ROUTER sockets, channels DEALER. Beside it only curve.py, keys.py use zmq.
 
 Synchronous and polled, one I/O thread, no thread of its own. Frames from ZERO_COPY_BYTES up leave and
 arrive without a copy; smaller ones are copied, which is cheaper than tracking them. Between processes of one
@@ -23,8 +23,13 @@ from typing import cast
 
 import zmq
 
+from paramserver.process import log
+from paramserver.protocol.backlog import Backlog
+from paramserver.protocol.curve import Guard, Options, channel_options, check_exposed, name_with_key, routing_identity
+from paramserver.protocol.curve import key_of as key_in
 from paramserver.protocol.doorbell import Doorbell
 from paramserver.protocol.framing import MAX_FRAMES, FramingError, decode_message, encode_message
+from paramserver.protocol.keys import Keys
 from paramserver.protocol.messages import Message
 from paramserver.protocol.shared import (
     MARK,
@@ -60,6 +65,7 @@ KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_PROBES = 10, 5, 3
 MAX_SOCKETS = 4096
 MONITOR_EVERY = 1024  # receives between two looks at the monitor of a socket that is never idle
 SOCKET_EVERY = 8  # messages from doorbells between two looks at the socket beside them
+OWN_PARTS = 64  # of the transport itself, taken in a row before the caller gets a look
 MAX_WAIT_SECONDS = 86_400.0
 
 _ADDRESS = re.compile(r"tcp://(?P<host>\*|[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?):(?P<port>[0-9]{1,5})")
@@ -67,6 +73,7 @@ _GONE = (errno.EAGAIN, errno.EHOSTUNREACH)
 _FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 ).value
+_REFUSED = (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH).value
 _MONITOR_NAMES = itertools.count()
 # Plain integers: combining pyzmq's flags makes an object each time, which costs as much as queueing a small message.
 _LAST_PART, _MORE_PARTS = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -75,22 +82,35 @@ _MARK = bytes([MARK])
 
 
 class ZeroMQTransport:
-    """A zmq context and the endpoints made from it. Use it, and all of them, from one thread."""
+    """A zmq context and the endpoints made from it. Use it, and all of them, from one thread.
 
-    def __init__(self) -> None:
+    Args:
+        keys: of this process: every connection is then encrypted, and only listed keys are let in (see curve.py).
+        is_insecure: without keys, listen beyond loopback all the same.
+    """
+
+    def __init__(self, keys: Keys | None = None, is_insecure: bool = False) -> None:
+        self._keys = keys
+        self._is_insecure = is_insecure
+        self._guard: Guard | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._context.max_sockets = MAX_SOCKETS
         self._endpoints: list[ZeroMQListener | ZeroMQChannel] = []
 
     def listen(self, address: str) -> ZeroMQListener:
         """Bind "tcp://HOST:PORT"; port 0 takes a free one, host "*" all interfaces. Raises TransportError."""
-        listener = ZeroMQListener(self._context, address)
+        if self._keys is not None and self._guard is None:
+            self._guard = Guard(self._context, self._keys)
+        listener = ZeroMQListener(self._context, address, self._guard, self._is_insecure)
         self._endpoints.append(listener)
         return listener
 
-    def connect(self, address: str) -> ZeroMQChannel:
-        """Connect to "tcp://HOST:PORT"; the listener and even its host name may appear later. Raises TransportError."""
-        channel = ZeroMQChannel(self._context, address)
+    def connect(self, address: str, key: str = "") -> ZeroMQChannel:
+        """Connect to "tcp://HOST:PORT"; the listener and even its host name may appear later. Raises TransportError.
+
+        `key` is the listener's public key: both ends have keys, or none has.
+        """
+        channel = ZeroMQChannel(self._context, address, channel_options(self._keys, key, address))
         self._endpoints.append(channel)
         return channel
 
@@ -109,14 +129,21 @@ class ZeroMQTransport:
         for endpoint in self._endpoints:
             endpoint.close()
         self._endpoints.clear()
+        if self._guard is not None:
+            self._guard.close()
+            self._guard = None
         self._context.term()
 
 
 class _Socket:
     """One zmq socket with its monitor: sending and receiving a message in parts."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], kind: int, events: int) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], kind: int, events: int, options: Options, guard: Guard | None
+    ) -> None:
         self._context = context
+        self._options = {**_OPTIONS, **options}
+        self._guard = guard  # of a listener with keys
         self._kind = kind
         self._events = events
         self._until_look = MONITOR_EVERY
@@ -137,7 +164,7 @@ class _Socket:
             raise TransportError(f"no socket can be opened ({error}); close some, or raise `ulimit -n`") from error
         # What zmq.Socket.send comes to once it has looked for the options of socket kinds that we do not use.
         self._put = super(zmq.Socket, self.socket).send
-        for option, value in _OPTIONS.items():
+        for option, value in self._options.items():
             self.socket.setsockopt(option, value)
         self._receive_timeout = -1.0  # what the socket was last told, in seconds
         name = f"inproc://monitor-{next(_MONITOR_NAMES)}"
@@ -224,8 +251,13 @@ class _Socket:
         self._until_look -= 1
         if self._until_look <= 0:
             self.look_at_monitor()
-        while (got := self._next_parts(timeout_seconds, has_peer)) is not None:
+        for _ in range(OWN_PARTS):  # a peer that sends nothing else may not keep us here
+            got = self._next_parts(timeout_seconds, has_peer)
+            if got is None:
+                break
             peer, parts, message_bytes = got
+            if self._guard is not None and not self._guard.lets_speak(peer):
+                return Malformed(peer, "the key of this connection has been withdrawn", message_bytes)
             try:
                 if len(parts) == 1 and parts[0][:1] == _MARK:
                     shared = self._take_own(peer, bytes(parts[0]))
@@ -322,7 +354,7 @@ class _Socket:
         peer = b""
         if has_peer:
             # The routing identity is the transport's own: it counts neither as a frame nor as bytes.
-            peer = frame.bytes
+            peer = frame.bytes if self._guard is None else name_with_key(frame)
             if not frame.more:
                 return peer, [], 0
             frame = recv(_LAST_PART, copy=False)
@@ -343,15 +375,24 @@ class _Socket:
 class ZeroMQListener(_Socket):
     """A bound ROUTER. Made by `ZeroMQTransport.listen`."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        guard: Guard | None = None,
+        is_insecure: bool = False,
+    ) -> None:
         host, port = _parse(address, "listen on", lowest_port=0)
         interface = _interface(host, address)
+        if guard is None and not is_insecure:
+            check_exposed(interface, address)
         self._handshaking: dict[int, None] = {}  # descriptors of connections that are not yet accepted as peers
         self._failures = 0
         self._announced = False  # the next connection that ends has been counted as a failure
         events = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
-        super().__init__(context, zmq.ROUTER, events)
+        super().__init__(context, zmq.ROUTER, events, {} if guard is None else guard.listener_options, guard)
         self._mapping = Mapping()
+        self._backlog = Backlog()
         self.bells = self._mapping.bells
         # A peer that is gone is an error at once, instead of a message that silently goes nowhere.
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -373,13 +414,30 @@ class ZeroMQListener(_Socket):
         self.look_at_monitor()
         return self._failures
 
+    def limit_unread(self, limit_bytes: int) -> None:
+        """What one peer may leave unread in bytes; a peer that leaves more gets nothing until it has read some."""
+        self._backlog.limit_bytes = limit_bytes
+
+    def key_of(self, peer: Peer) -> str:
+        """The public key that this peer has proven to hold; empty on a listener without keys."""
+        return "" if self._guard is None else key_in(peer)
+
+    def _send_parts(self, first: Buffer, rest: Sequence[Buffer]) -> Sending:
+        return super()._send_parts(first if self._guard is None else routing_identity(bytes(first)), rest)
+
     def send(self, peer: Peer, message: Message, frames: Sequence[Buffer] = ()) -> Sending:
         """Queue a message for a peer; one that is gone, or whose queue is full, is dropped and counted."""
+        if self._backlog.is_full(peer):
+            self.dropped += 1
+            return SENT
         head, *rest = encode_message(message, frames)
         arena = self._mapping.of(peer)
         if arena is not None and self._send_shared(arena, head, rest):
             return SENT
-        return self._send_parts(peer, [head, *rest])
+        sending = self._send_parts(peer, [head, *rest])
+        if sending is not SENT:
+            self._backlog.add(peer, sending, len(head) + sum(map(len, rest)))
+        return sending
 
     def memory(self, peer: Peer) -> FrameMemory | None:
         """The ring towards this peer, where it shares one with us."""
@@ -391,7 +449,7 @@ class ZeroMQListener(_Socket):
         if self._mapping.of(peer) is not None:
             return True  # until its bell is closed, which is heard
         try:
-            self.socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
+            self.socket.send(peer if self._guard is None else routing_identity(peer), zmq.SNDMORE | zmq.NOBLOCK)
             self.socket.send(PROBE, zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in _GONE:
@@ -452,15 +510,16 @@ class ZeroMQListener(_Socket):
 class ZeroMQChannel(_Socket):
     """A connected DEALER. Made by `ZeroMQTransport.connect`."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, options: Options) -> None:
         host, port = _parse(address, "connect to", lowest_port=1)
         if host == "*":
             raise TransportError(f"cannot connect to {address!r}: '*' means all interfaces; name one host")
         self._address = f"tcp://{host}:{port}"
         self._established = 0
         self.sent_bytes = 0
+        self._is_refused = False
         self._offering = Offering()
-        super().__init__(context, zmq.DEALER, zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        super().__init__(context, zmq.DEALER, zmq.EVENT_HANDSHAKE_SUCCEEDED | _REFUSED, options, None)
         self._connect()
 
     @property
@@ -534,7 +593,17 @@ class ZeroMQChannel(_Socket):
             raise TransportError(f"cannot connect to {self._address!r}: {error}") from error
 
     def _on_event(self, event: int, value: int) -> None:
-        self._established += 1
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._established += 1
+            self._is_refused = False
+        elif not self._is_refused:
+            self._is_refused = True  # said once, until it succeeds
+            log(
+                "handshake-refused",
+                level="error",
+                address=self._address,
+                mend="is this process's public key in the other's --keys folder, and its key here the right one?",
+            )
 
 
 _OPTIONS: dict[int, int] = {

@@ -6,8 +6,10 @@ import argparse
 import os
 import socket
 import sys
+from pathlib import Path
 
 from paramserver.process import identify, install_stop, log
+from paramserver.protocol.keys import KeysError, load_keys
 from paramserver.protocol.membership import MembershipError
 from paramserver.protocol.messages import Register
 from paramserver.protocol.transport import TransportError
@@ -22,6 +24,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="unique in the cluster, for example shard-0")
     parser.add_argument("--listen", default="tcp://127.0.0.1:0", help="where to bind (default: loopback, a free port)")
     parser.add_argument("--advertise", default="", help="what workers are told, where it differs from --listen")
+    parser.add_argument("--keys", type=Path, help="folder with NAME.key_secret and NAME.key of all who may join")
+    parser.add_argument("--coordinator-key", type=Path, help="its public key (default: coordinator.key in --keys)")
+    parser.add_argument("--insecure", action="store_true", help="listen beyond loopback without keys")
     return parser.parse_args(arguments)
 
 
@@ -32,10 +37,18 @@ def main() -> int:
     introduction = Register(
         role="shard", name=options.name, address=options.advertise, pid=os.getpid(), host=socket.gethostname()
     )
-    transport = ZeroMQTransport()
     try:
-        server = ShardServer(ShardCore(options.name), transport, options.listen, options.coordinator, introduction)
-        log("listening", address=server.address)
+        keys = None if options.keys is None else load_keys(options.keys, options.name, options.coordinator_key)
+    except KeysError as error:
+        log("refused", level="error", reason=error)
+        return 1
+    coordinator_key = "" if keys is None else keys.coordinator
+    core, transport = ShardCore(options.name), ZeroMQTransport(keys, options.insecure)
+    try:
+        server = ShardServer(
+            core, transport, options.listen, options.coordinator, introduction, coordinator_key=coordinator_key
+        )
+        log("listening", address=server.address, keys=options.keys or "none")
         server.run(stop)
     except (TransportError, MembershipError) as error:
         log("refused", level="error", reason=error)

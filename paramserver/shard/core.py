@@ -37,6 +37,7 @@ from paramserver.protocol.messages import (
     ShardOrder,
     Tick,
     Welcome,
+    WorkerKey,
 )
 from paramserver.protocol.transport import MAX_MESSAGE_BYTES, FrameMemory
 from paramserver.shard.block import HeldBlock
@@ -50,6 +51,8 @@ from paramserver.shard.watermarks import Verdict
 MAX_PEERS = 65536
 SWEEP_PEERS = 64  # from so many known connections on, gone ones are looked for whenever their number has doubled
 MAX_PARKED = 4096  # held pulls a peer; a worker has a few messages a step
+PARKED_ROUNDS = 4  # and so many times all blocks: a worker wants each once a step
+MAX_WORKERS = 8192  # names that a job's state may hold, those of dead workers too
 MAX_ANSWER_BYTES = MAX_MESSAGE_BYTES - 2**20  # what is left is for the head
 # lr factor by staleness in versions (staleness-aware SGD: Zhang et al., IJCAI 2016, eq. 5; its root is milder).
 DAMPING: dict[str, Callable[[int], float]] = {
@@ -110,8 +113,9 @@ class Serving:
         self.telemetry = Telemetry()
         self.has_trained = False  # some worker was a member; without a coordinator nobody ever is
         self.peers: dict[bytes, tuple[str, int]] = {}  # who said Hello: (worker, incarnation)
+        self.names: set[str] = set()  # of all workers that ever said Hello
         self.sweep_at = SWEEP_PEERS
-        self.parked: dict[bytes, dict[int, Pull | Push]] = {}  # by peer and request: a repeated one takes its place
+        self.parked: dict[bytes, dict[int, Pull]] = {}  # by peer and request: a repeated one takes its place
 
     def unpark(self, peer: bytes, request: Pull | Push) -> None:
         """Forget a parked pull; nothing happens where it is none."""
@@ -137,6 +141,22 @@ class Serving:
         self.publishing.applied(block, self.policy.publish_period)
 
 
+def _pull_of(request: Pull | Push) -> Pull:
+    """What is left of a request once its updates are decided: these need not wait, nor take room."""
+    if isinstance(request, Pull):
+        return request
+    return Pull(
+        request=request.request,
+        job=request.job,
+        term=request.term,
+        phase=request.phase,
+        worker=request.worker,
+        incarnation=request.incarnation,
+        step=request.step,
+        wants=request.wants,
+    )
+
+
 @dataclass
 class ShardCore:
     """One shard. Not thread-safe: one thread owns it."""
@@ -147,6 +167,7 @@ class ShardCore:
     pool: BufferPool = field(default_factory=BufferPool)
     memory: Callable[[bytes], FrameMemory | None] = lambda peer: None  # where frames to a peer are best written
     is_there: Callable[[bytes], bool] = lambda peer: True  # whether a peer is still connected
+    key_of: Callable[[bytes], str] = lambda peer: ""  # what a peer has proven to hold; empty where keys are not used
 
     # ------------------------------------------------------------------ what to serve
 
@@ -283,7 +304,7 @@ class ShardCore:
     ) -> Values | None:
         """What a request wants of these blocks; None, and the request is parked, where the policy makes it wait."""
         if not serving.policy.may_pull(request.worker, (block.index for block in blocks)):
-            serving.parked.setdefault(peer, {})[request.request] = request
+            serving.parked.setdefault(peer, {})[request.request] = _pull_of(request)
             return None
         serving.unpark(peer, request)
         serving.telemetry.pulls += 1
@@ -316,8 +337,11 @@ class ShardCore:
             detail = f"the answer would have {answer_bytes} bytes, allowed are {MAX_ANSWER_BYTES}; ask for fewer blocks"
             raise Refused("malformed", detail)
         parked = serving.parked.get(peer, {})
-        if len(parked) >= MAX_PARKED and request.request not in parked:
-            raise Refused("not-served", f"{MAX_PARKED} pulls of {request.worker} wait already, which is the limit")
+        if parked and request.request not in parked:
+            wanted = len(blocks) + sum(len(other.wants) for other in parked.values())
+            if len(parked) >= MAX_PARKED or wanted > PARKED_ROUNDS * len(serving.blocks):
+                detail = f"{len(parked)} pulls of {request.worker} wait already, and this is beyond the limit"
+                raise Refused("not-served", detail)
         return blocks
 
     def _release(self, serving: Serving) -> list[Reply]:
@@ -352,6 +376,11 @@ class ShardCore:
             )
         if hello.layout != serving.fingerprint:
             raise Refused("wrong-layout", f"found layout {hello.layout}, this job has {serving.fingerprint}")
+        key = self.key_of(peer)
+        if key and WorkerKey(hello.worker, hello.incarnation, key) not in serving.order.workers:
+            # Also a worker of which the coordinator has not told us yet: it says Hello again.
+            detail = f"the coordinator knows no live worker {hello.worker!r} of incarnation {hello.incarnation} and key"
+            raise Refused("wrong-key", f"{detail} {key}")
         for known, (worker, incarnation) in list(serving.peers.items()):
             if worker != hello.worker:
                 continue
@@ -362,6 +391,9 @@ class ShardCore:
             serving.sweep(self.is_there)
         if len(serving.peers) >= MAX_PEERS:
             raise Refused("not-served", f"this shard knows {MAX_PEERS} workers already, which is its limit")
+        if hello.worker not in serving.names and len(serving.names) >= MAX_WORKERS:
+            raise Refused("not-served", f"this job has had {MAX_WORKERS} workers already, which is the limit")
+        serving.names.add(hello.worker)
         serving.peers[peer] = (hello.worker, hello.incarnation)
         serving.policy.greeted(hello.worker)
         return Reply(peer, Welcome(shard=self.name, job=hello.job, term=serving.order.term))
@@ -369,6 +401,8 @@ class ShardCore:
     def _initialise(self, peer: bytes, message: Initialise, frames: Sequence[memoryview]) -> Reply:
         serving = self._serving(message.job)
         self._check_term(serving, message.term)
+        if self.key_of(peer) and peer not in serving.peers:
+            raise Refused("unknown-worker", "no Hello came through this connection; say it first")
         if message.layout != serving.fingerprint:
             raise Refused("wrong-layout", f"found layout {message.layout}, this job has {serving.fingerprint}")
         checked: list[tuple[HeldBlock, Bytes]] = []

@@ -5,9 +5,11 @@ from __future__ import annotations
 from time import monotonic, perf_counter
 
 from paramserver.process import StopRequest, log
+from paramserver.protocol.backlog import UNREAD_BYTES
 from paramserver.protocol.membership import Membership
-from paramserver.protocol.messages import Orders, Register, ShardOrder, ShardReport
-from paramserver.protocol.transport import Channel, Listener, Malformed, Received, Transport
+from paramserver.protocol.messages import Orders, Refusal, Register, ShardOrder, ShardReport
+from paramserver.protocol.patience import HOSTILE, IGNORE_SECONDS, Patience
+from paramserver.protocol.transport import Channel, Listener, Malformed, Peer, Received, Transport
 from paramserver.shard.core import Reply, ShardCore
 from paramserver.shard.preparation import Preparation
 
@@ -21,7 +23,16 @@ PUBLISH_LOOK_SECONDS = 0.1  # between two looks at what the timer should publish
 class ShardServer:
     """Runs a ShardCore until it is told to stop. Owns its listener and control channel."""
 
-    def __init__(self, core: ShardCore, transport: Transport, listen: str, coordinator: str, introduction: Register):
+    def __init__(
+        self,
+        core: ShardCore,
+        transport: Transport,
+        listen: str,
+        coordinator: str,
+        introduction: Register,
+        *,
+        coordinator_key: str = "",
+    ) -> None:
         """Raises TransportError where `listen` cannot be bound.
 
         `introduction.address` is what workers are told; where it is empty it is the bound address.
@@ -31,7 +42,8 @@ class ShardServer:
         self._listener: Listener = transport.listen(listen)
         core.memory = self._listener.memory
         core.is_there = self._listener.is_there
-        self._control: Channel = transport.connect(coordinator)
+        core.key_of = self._listener.key_of
+        self._control: Channel = transport.connect(coordinator, coordinator_key)
         fields = {name: getattr(introduction, name) for name in introduction.__struct_fields__}
         fields["address"] = introduction.address or self._listener.address
         self._membership = Membership(Register(**fields), self.report)
@@ -43,6 +55,8 @@ class ShardServer:
         self._publish_at = 0.0
         self._unpublished = 0  # blocks, at the last look
         self._preparation: Preparation | None = None
+        self._patience = Patience()
+        self._limit_unread()
 
     @property
     def address(self) -> str:
@@ -81,7 +95,10 @@ class ShardServer:
 
     def _serve_batch(self) -> None:
         for _ in range(BATCH_MESSAGES):
-            match self._listener.receive(0):
+            message = self._listener.receive(0)
+            if message is not None and self._patience and self._is_ignored(message.peer):
+                continue
+            match message:
                 case None:
                     return
                 case Received() as received:
@@ -91,6 +108,18 @@ class ShardServer:
                     self._bytes_in += malformed.message_bytes
                     replies = [self.core.refuse(malformed.peer, "malformed", malformed.reason)]
             self._send(replies)
+            if len(replies) == 1 and isinstance(refusal := replies[0].message, Refusal) and refusal.code in HOSTILE:
+                self._tire(replies[0].peer)
+
+    def _is_ignored(self, peer: Peer) -> bool:
+        if not self._patience.is_ignored(self._listener.key_of(peer).encode() or peer, monotonic()):
+            return False
+        self.core.refusals["ignored"] += 1
+        return True
+
+    def _tire(self, peer: Peer) -> None:
+        if self._patience.wears_out(self._listener.key_of(peer).encode() or peer, monotonic()):
+            log("peer-ignored", level="warning", seconds=IGNORE_SECONDS, key=self._listener.key_of(peer) or "none")
 
     def _send(self, replies: list[Reply]) -> None:
         for reply in replies:
@@ -141,6 +170,7 @@ class ShardServer:
     def _become(self, order: ShardOrder | None) -> None:
         before = self.core.serving
         self._send(self.core.take_order(order))
+        self._limit_unread()
         if self.core.serving is not before:
             self._bytes_in = self._bytes_out = 0
             self._waiting_seconds = self._working_seconds = 0.0
@@ -151,11 +181,21 @@ class ShardServer:
                 log("job-taken", job=order.job, term=order.term, blocks=len(order.blocks))
             self._membership.beat_soon()
 
+    def _limit_unread(self) -> None:
+        """A worker may ask for everything at once, and once more when an answer is late."""
+        if self.core.serving is not None:
+            weights_bytes = sum(4 * block.elements for block in self.core.serving.blocks.values())
+            self._listener.limit_unread(max(UNREAD_BYTES, 2 * weights_bytes))
+
     def report(self) -> ShardReport:
         """The counters of a heartbeat."""
         serving = self.core.serving
         if serving is None:
-            return ShardReport(refusals=dict(self.core.refusals), handshake_failures=self._listener.handshake_failures)
+            return ShardReport(
+                refusals=dict(self.core.refusals),
+                handshake_failures=self._listener.handshake_failures,
+                dropped=self._listener.dropped,
+            )
         telemetry = serving.telemetry
         return ShardReport(
             job=serving.order.job,
@@ -182,4 +222,5 @@ class ShardServer:
             publish_period=serving.publishing.period(),
             workers=tuple(sorted({worker for worker, _ in serving.peers.values()}))[:MOST_NAMES],
             handshake_failures=self._listener.handshake_failures,
+            dropped=self._listener.dropped,
         )

@@ -8,6 +8,9 @@ from typing import Literal
 from paramserver.protocol.messages import StalenessRow, TrafficRow
 from paramserver.shard.staleness import StalenessHistogram
 
+MOST_ROWS = 16_384  # of staleness, so that a heartbeat stays a message; what comes later counts for OTHERS
+OTHERS = "(others)"
+
 Way = Literal["push", "pull"]
 
 
@@ -41,6 +44,10 @@ class Telemetry:
         traffic.payload_bytes += payload_bytes
         traffic.elements += elements
         histogram = self._staleness.get((worker, group))
+        if histogram is None:
+            if len(self._staleness) >= MOST_ROWS:
+                worker = OTHERS
+            histogram = self._staleness.get((worker, group))
         if histogram is None:
             histogram = self._staleness[worker, group] = StalenessHistogram()
         histogram.add(staleness)

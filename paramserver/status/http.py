@@ -21,9 +21,11 @@ from paramserver.coordinator.core import EndedJobError, UnknownJobError
 from paramserver.coordinator.server import BusyError
 from paramserver.job import JobError
 from paramserver.process import log
+from paramserver.status.access import Access, AccessError, Guard
 from paramserver.status.commands import Commands
 
 MAX_BODY_BYTES = 2**20
+MOST_CONNECTIONS = 512  # at a time; the next one is told to try again later
 START_SECONDS = 10.0
 CLOSE_SECONDS = 5.0
 _ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:]+\]|[^:\s]+):(?P<port>[0-9]{1,5})")
@@ -138,20 +140,28 @@ class HttpServer:
     """The API on a socket of its own thread.
 
     Args:
-        listen: "HOST:PORT"; port 0 takes a free one. Raises HttpError where it cannot be bound.
+        listen: "HOST:PORT"; port 0 takes a free one. Raises HttpError where it cannot be bound, or where `access`
+            would leave it open to the network.
     """
 
-    def __init__(self, commands: Commands, listen: str) -> None:
+    def __init__(self, commands: Commands, listen: str, access: Access | None = None) -> None:
         self._socket = _bind(listen)
         host, port = self._socket.getsockname()[:2]
+        access = access or Access()
+        try:
+            access.check_bound(host)
+        except AccessError as error:
+            self._socket.close()
+            raise HttpError(str(error)) from None
         self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         config = uvicorn.Config(
-            make_app(commands),
+            Guard(make_app(commands), access),
             log_config=None,
             log_level="critical",  # a peer's nonsense is no news; our own errors are logged above
             access_log=False,
             lifespan="off",
             timeout_graceful_shutdown=2,
+            limit_concurrency=MOST_CONNECTIONS,
         )
         self._server = _QuietServer(config)
         self._thread = threading.Thread(target=self._serve, name="http", daemon=True)

@@ -202,7 +202,16 @@ def test_port_zero_takes_a_free_port_and_keeps_the_host_name(transport: ZeroMQTr
     assert 0 < int(port) < 65536
     transport.connect(listener.address).send(tick(1))
     receive(listener)
-    assert transport.listen("tcp://*:0").address.startswith("tcp://0.0.0.0:")
+
+
+def test_a_listener_without_keys_is_open_to_the_network_only_where_that_is_said(transport: ZeroMQTransport) -> None:
+    for address in ("tcp://*:0", "tcp://0.0.0.0:0", "tcp://192.0.2.1:0"):
+        with pytest.raises(TransportError, match=r"without keys.*paramserver keygen.*--keys DIR.*--insecure"):
+            transport.listen(address)
+    assert transport.listen("tcp://127.8.8.8:0").address.startswith("tcp://127.8.8.8:")
+    insecure = ZeroMQTransport(is_insecure=True)
+    assert insecure.listen("tcp://*:0").address.startswith("tcp://0.0.0.0:")
+    insecure.close()
 
 
 def test_a_taken_port_is_a_clear_error(transport: ZeroMQTransport, listener: ZeroMQListener) -> None:
@@ -223,9 +232,11 @@ def test_what_is_no_address_is_a_clear_error(transport: ZeroMQTransport, address
 
 
 @pytest.mark.parametrize("address", ["tcp://192.0.2.1:0", "tcp://no-such-host.invalid:0", f"tcp://{'a' * 70}:0"])
-def test_a_host_that_is_not_this_machine_cannot_be_listened_on(transport: ZeroMQTransport, address: str) -> None:
+def test_a_host_that_is_not_this_machine_cannot_be_listened_on(address: str) -> None:
+    insecure = ZeroMQTransport(is_insecure=True)
     with pytest.raises(TransportError, match=r"cannot listen on .*give one of"):
-        transport.listen(address)
+        insecure.listen(address)
+    insecure.close()
 
 
 def test_nobody_connects_to_port_zero_or_to_all_interfaces(transport: ZeroMQTransport) -> None:
