@@ -349,14 +349,14 @@ class PublishedDeltas(Publishing):
 
     def kept(self, arrays: Arrays) -> PublishingState:
         replicas = tuple(replica.kept(index, arrays) for index, replica in self._replicas.items())
-        steps = {index: (moved.elements, moved.squares) for index, moved in self._steps.state().items()}
+        steps = tuple((index, moved.elements, moved.squares) for index, moved in self._steps.state().items())
         return PublishingState(replicas, steps)
 
     def restore(self, state: PublishingState, arrays: Arrays, blocks: Mapping[int, HeldBlock]) -> None:
         for replica in state.replicas:
             self.begin(blocks[replica.block])
             self._replicas[replica.block].restore(replica, arrays)
-        self._steps = StepPolicy(state={index: Moved(*moved) for index, moved in state.steps.items()})
+        self._steps = StepPolicy(state={index: Moved(elements, squares) for index, elements, squares in state.steps})
 
     def unpublished(self) -> int:
         return sum(replica.unseen > 0 for replica in self._replicas.values())

@@ -43,7 +43,7 @@ class ReplicaState(Struct, frozen=True):
 
 class PublishingState(Struct, frozen=True):
     replicas: tuple[ReplicaState, ...] = ()
-    steps: dict[int, tuple[int, float]] = {}  # of `coded`: block -> elements and smoothed sum of squares
+    steps: tuple[tuple[int, int, float], ...] = ()  # of `coded`: block, elements, smoothed sum of squares
 
 
 class RoundState(Struct, frozen=True):
