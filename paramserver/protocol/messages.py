@@ -353,6 +353,9 @@ class ShardReport(Struct, frozen=True, array_like=True, tag="shard-report"):
     unpublished: Count = 0  # blocks with updates that no edition holds yet, now
     editions: Count = 0  # published, over all blocks
     replica_distance: float = 0.0  # |weights - published| / |weights|, now
+    failed: Text = ""  # why this shard cannot serve `job`: a clear message
+    refusing_disk: Text = ""  # why the journal cannot be written now; acknowledgements wait for it
+    journal_bytes: Count = 0  # written to the journal
 
 
 class WorkerReport(Struct, frozen=True, array_like=True, tag="worker-report"):

@@ -6,6 +6,7 @@ import argparse
 import os
 import socket
 import sys
+from pathlib import Path
 
 from paramserver.process import identify, install_stop, log
 from paramserver.protocol.membership import MembershipError
@@ -13,6 +14,8 @@ from paramserver.protocol.messages import Register
 from paramserver.protocol.transport import TransportError
 from paramserver.protocol.zeromq import ZeroMQTransport
 from paramserver.shard.core import ShardCore
+from paramserver.shard.journal.home import JournalHome
+from paramserver.shard.journal.layout import JournalError
 from paramserver.shard.server import ShardServer
 
 
@@ -22,6 +25,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="unique in the cluster, for example shard-0")
     parser.add_argument("--listen", default="tcp://127.0.0.1:0", help="where to bind (default: loopback, a free port)")
     parser.add_argument("--advertise", default="", help="what workers are told, where it differs from --listen")
+    parser.add_argument("--state", type=Path, help="a folder for journals; without it jobs that want one are refused")
     return parser.parse_args(arguments)
 
 
@@ -34,10 +38,12 @@ def main() -> int:
     )
     transport = ZeroMQTransport()
     try:
-        server = ShardServer(ShardCore(options.name), transport, options.listen, options.coordinator, introduction)
+        home = None if options.state is None else JournalHome(options.state, options.name)
+        core = ShardCore(options.name)
+        server = ShardServer(core, transport, options.listen, options.coordinator, introduction, home)
         log("listening", address=server.address)
         server.run(stop)
-    except (TransportError, MembershipError) as error:
+    except (TransportError, MembershipError, JournalError) as error:
         log("refused", level="error", reason=error)
         return 1
     finally:

@@ -75,6 +75,11 @@ class ShardJournal:
         return self._log.number
 
     @property
+    def written_bytes(self) -> int:
+        """To the log, since it was opened, and what was read then."""
+        return self._log.written_bytes
+
+    @property
     def trouble(self) -> str:
         """Why nothing can be written now; empty where all is well."""
         return self._log.trouble

@@ -112,6 +112,7 @@ class SegmentLog:
         self._file: File
         self._size = 0
         self._half_made: str | None = None
+        self._is_lost = False  # what is durable is not known any more
         for name in reader.leftovers:
             self._folder.remove(name)
         if reader.name is None:
@@ -145,6 +146,8 @@ class SegmentLog:
 
         Raises JournalError where it is not known any more what is durable: the process must end.
         """
+        if self._is_lost:
+            raise JournalError(f"{self._folder.path}: a sync has failed before, and a second one would prove nothing")
         if self._written < self.number:
             self._write(self._pending, self._pending_bytes)
             if self.trouble:
@@ -178,6 +181,7 @@ class SegmentLog:
         try:
             self._file.sync()
         except OSError as error:
+            self._is_lost = True
             # The system may have dropped what it could not write and would call the next sync a success.
             raise JournalError(
                 f"{self._folder.path}: cannot make the journal durable: {error.strerror or error}; the shard ends "
