@@ -107,9 +107,9 @@ class BoundedPolicy(AsyncPolicy):
         for worker in set(members) - self.members:
             self._offsets[worker] = slowest - self._steps.get(worker, 0)
         super().set_members(members)
-        for worker in set(self._steps) - self.members:
+        for worker in self._offsets.keys() - self.members:
             # What a worker without a lease last counted is kept: it is where its next offset starts.
-            self._offsets.pop(worker, None)
+            del self._offsets[worker]
 
     def tick(self, worker: str, step: int) -> bool:
         known = self._steps.get(worker)
