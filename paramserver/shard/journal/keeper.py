@@ -45,7 +45,7 @@ class ShardJournal:
         in_background: snapshots are made durable in a thread of their own; a test may want them at once.
     """
 
-    def __init__(self, folder: Folder, log: SegmentLog, in_background: bool = True) -> None:
+    def __init__(self, folder: Folder, log: SegmentLog, serving: Serving, in_background: bool = True) -> None:
         self._folder = folder
         self._log = log
         self._in_background = in_background
@@ -54,7 +54,7 @@ class ShardJournal:
         self._sealed: int | None = None  # the number of a snapshot that is durable and whose segments can go
         self._failure: BaseException | None = None
         self._since = 0  # `written_bytes` at the last snapshot
-        self._due_bytes = SNAPSHOT_BYTES
+        self._due_bytes = _due_bytes(kept(serving)[1])
         self._again_at = 0.0
         self.snapshots = 0
 
@@ -103,7 +103,7 @@ class ShardJournal:
         except OSError as error:
             self._put_off(error.strerror or str(error))
             return
-        self._since, self._due_bytes = self._log.written_bytes, max(SNAPSHOT_BYTES, SNAPSHOT_RATIO * _bytes_of(arrays))
+        self._since, self._due_bytes = self._log.written_bytes, _due_bytes(arrays)
 
         def seal() -> None:
             try:
@@ -183,16 +183,15 @@ def open_journal(folder: Folder, order: ShardOrder, in_background: bool = True) 
                 "other bits; start the shard on a machine and with packages like the first"
             )
         replay(serving, entry)
-    log_ = SegmentLog(reader, must_sync=job.durability.log == "journal+fsync")
-    journal = ShardJournal(folder, log_, in_background)
+    segments = SegmentLog(reader, must_sync=job.durability.log == "journal+fsync")
     if serving is None:
         # Members come by the core, which follows the whole order and writes that down.
         first = structs.replace(order, members=())
         serving = Serving(first)
-        journal.append(TakenUp(first, build))
+        segments.append(TakenUp(first, build), ())
     else:
         log("journal-replayed", folder=folder.path, snapshot=number, records=reader.last - number)
-    serving.journal = journal
+    journal = serving.journal = ShardJournal(folder, segments, serving, in_background)
     return serving, journal
 
 
@@ -213,5 +212,6 @@ def _must_fit(folder: Folder, written: ShardOrder, order: ShardOrder) -> None:
         )
 
 
-def _bytes_of(arrays: Arrays) -> int:
-    return sum(array.nbytes for array in arrays.values())
+def _due_bytes(arrays: Arrays) -> int:
+    """How many bytes the log may have before the next snapshot of such arrays."""
+    return max(SNAPSHOT_BYTES, SNAPSHOT_RATIO * sum(array.nbytes for array in arrays.values()))
