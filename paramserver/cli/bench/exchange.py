@@ -39,6 +39,7 @@ REPORTED = (  # of a shard's report: what only grows
     "bytes_out",
     "waiting_seconds",
     "working_seconds",
+    "journal_bytes",
 )
 COUNTED = (
     *REPORTED,
