@@ -163,7 +163,7 @@ class LocalCluster:
             self._lifeline = os.pipe()
             self.start_coordinator(stop, deadline)
             for name in self.shard_names:
-                self._spawn(name, ["-m", "paramserver.shard", *self._joining(name), "--listen", LOOPBACK])
+                self.start_shard(name)
             for name in self.worker_names:
                 threads = str(self.topology.threads)
                 families = self.topology.family_arguments()
@@ -175,6 +175,11 @@ class LocalCluster:
         except BaseException:
             self.stop()
             raise
+
+    def start_shard(self, name: str) -> None:
+        """Start a shard, or start one again that has died: its journal, if its job has one, is where it was."""
+        state = ["--state", str(self.directory / "state" / "shards")]
+        self._spawn(name, ["-m", "paramserver.shard", *self._joining(name), "--listen", LOOPBACK, *state])
 
     def _joining(self, name: str) -> list[str]:
         return ["--coordinator", self.control, "--name", name, *self.topology.key_arguments()]

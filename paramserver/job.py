@@ -192,14 +192,17 @@ class OptimizerSettings(_Section):
 
 
 class Durability(_Section):
-    log: Literal["none", "journal", "journal+fsync"] = "none"
+    log: Literal["none", "journal", "journal+fsync"] = "none"  # what is acknowledged survives: the shard, the machine
     backups: Annotated[int, Field(ge=0)] = 0
 
-    @model_validator(mode="after")
-    def _none_yet(self) -> Self:
-        if self.log != "none" or self.backups:
-            raise ValueError("journal and backups are not supported yet; use {log: none, backups: 0}")
-        return self
+    @field_validator("backups")
+    @classmethod
+    def _none_yet(cls, backups: int) -> int:
+        if backups:
+            raise ValueError(
+                f"backups are not supported yet, found {backups}; use 0, and log 'journal' to survive a death"
+            )
+        return backups
 
 
 class Routing(_Section):

@@ -170,6 +170,7 @@ data: {{name: python-source, batch: 4, window: 16, windows: 4, max_chars: {chars
 cluster: {{shards: {shards}, workers: {workers}}}
 push: {{encoding: int4}}
 pull: {{encoding: ternary}}
+durability: {{log: {log}}}
 stop: {{epochs: {epochs}}}
 """
 
@@ -178,8 +179,16 @@ stop: {{epochs: {epochs}}}
 def tiny_job(tmp_path: Path) -> Callable[..., Path]:
     """tiny_job(name="tiny", hidden=16, chars=120000, shards=1, workers=1, epochs=1): a job file."""
 
-    def make(name: str = "tiny", **changes: int) -> Path:
-        fields = {"hidden": 16, "chars": 120_000, "shards": 1, "workers": 1, "epochs": 1, **changes}
+    def make(name: str = "tiny", **changes: int | str) -> Path:
+        fields: dict[str, int | str] = {
+            "hidden": 16,
+            "chars": 120_000,
+            "shards": 1,
+            "workers": 1,
+            "epochs": 1,
+            "log": "none",
+            **changes,
+        }
         path = tmp_path / f"{name}.yaml"
         path.write_text(TINY_JOB.format(name=name, **fields), encoding="utf-8")
         return path

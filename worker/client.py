@@ -139,6 +139,17 @@ class ShardClient:
         identity = self._identity
         self._send(Tick(job=identity.job, worker=identity.worker, incarnation=identity.incarnation, step=step))
 
+    def move(self, channel: Channel) -> None:
+        """The shard is at another address now: what is not answered is sent there, when it has answered our Hello."""
+        self.channel.close()
+        self.channel = channel
+        self._is_welcome = False
+        self._silent_since = None
+        self._hello_attempts = 0
+        self._hello_due = 0.0
+        self._reconnections_seen = channel.reconnections
+        self._counters.reconnections += 1
+
     def forget_pulls(self) -> None:
         """Wait no longer for values; updates stay until they are decided."""
         for request in self.requests:

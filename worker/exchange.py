@@ -227,11 +227,16 @@ class Exchange:
         self._post(request, bytes_a_second=0.0)
         self.settle_pushes()
 
-    def follow(self, term: int) -> None:
-        """Go on under a newer placement term."""
+    def follow(self, term: int, placement: Sequence[ShardAddress] = ()) -> None:
+        """Go on under a newer placement term, and with shards where they are now: one that died may be back."""
         self._term = max(self._term, term)
+        moved = {shard.shard: shard for shard in placement}
         for client in self._clients:
             client.term = max(client.term, self._term)
+            there = moved.get(client.shard)
+            if there is not None and there.address != client.channel.address:
+                log("shard-moved", shard=client.shard, address=there.address)
+                client.move(self._transport.connect(there.address, there.key))
 
     def close(self) -> None:
         for client in self._clients:

@@ -131,7 +131,7 @@ class JobWork:
             self._guard()
             order = self._state.order
             if self._exchange is not None:
-                self._exchange.follow(order.term)
+                self._exchange.follow(order.term, order.placement)
             run_stage[order.stage]()
         if self._exchange is not None and self._state.order.stage in ("train", "drain"):
             self._drain()
@@ -301,7 +301,7 @@ class JobWork:
             raise Abandoned("the coordinator orders another")
         order = self._state.order
         if self._exchange is not None and order.term:
-            self._exchange.follow(order.term)
+            self._exchange.follow(order.term, order.placement)
         if self._must_stop():
             now = time.monotonic()
             self._stop_at = now + STOP_SECONDS if self._stop_at is None else self._stop_at

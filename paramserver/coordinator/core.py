@@ -271,7 +271,7 @@ class CoordinatorCore:
             order = run.shard_order(session, workers)
             return None if order is None else (order.job, order.members, order.workers)
         stage = run.stage_of(session, workers)
-        return None if stage is None else (run.record.id, stage, run.is_placed(shards))
+        return None if stage is None else (run.record.id, stage, run.is_placed(shards), run.addresses())
 
     def _tell_changes(self, now: float) -> None:
         shards, workers = self._members()

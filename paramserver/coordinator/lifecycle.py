@@ -51,6 +51,7 @@ KIND_OF_STATE: dict[str, Kind] = {
     "exporting": "export",
 }
 RETURN_SECONDS = 10.0  # after a restart of the coordinator, how long a shard may take to be heard again
+RECOVERY_SECONDS = 60.0  # how long a shard with a journal may be away before the job fails
 TERM = 1  # placements do not change yet
 
 
@@ -84,6 +85,8 @@ class JobRun:
         self.examples: dict[str, int] = {}
         self.placement: Placement | None = None
         self.workers_lost: list[str] = []
+        self.shards_recovered: list[str] = []
+        self._away: dict[str, float] = {}  # shards whose journal is waited for, and since when
         self._fingerprint = ""
         self._shard_orders: dict[str, ShardOrder] = {}
         self._effects = effects
@@ -103,6 +106,7 @@ class JobRun:
         self.book = self.leasing.book
         self.seconds = dict(progress.get("seconds", {}))
         self.workers_lost = list(progress.get("workers_lost", []))
+        self.shards_recovered = list(progress.get("shards_recovered", []))
         self.export = ModelExport(self.record.id, bool(progress.get("is_exported", False)))
         if placed is not None:
             self._set_layout(msgspec.convert(placed["layout"], Layout), dict(placed["examples"]))
@@ -114,6 +118,7 @@ class JobRun:
             **self.leasing.progress(),
             "seconds": self.seconds_by_state(now),
             "workers_lost": self.workers_lost,
+            "shards_recovered": self.shards_recovered,
             "is_exported": self.export.is_complete,
         }
         self._effects.append(SaveDocument(self.record.id, "progress", body))
@@ -188,7 +193,7 @@ class JobRun:
             return
         if self._drained_at is None:
             self._drained_at = now
-        placed = [session for session in shards if self._placed(session.name)]
+        placed = [session for session in shards if self._placed(session.name) and session.name not in self._away]
         is_published = all(
             session.heard_at > self._drained_at
             and isinstance(session.report, ShardReport)
@@ -196,7 +201,7 @@ class JobRun:
             and not session.report.unpublished
             for session in placed
         )
-        if placed and is_published:
+        if self.placement is not None and len(placed) == len(self.placement.shards) and is_published:
             self.enter("evaluating", now)
 
     def _advance_exporting(self, shards: list[Session], now: float) -> None:
@@ -208,13 +213,17 @@ class JobRun:
         self.enter("done", now)
 
     def _miss_shards(self, shards: list[Session], now: float) -> None:
-        """After a restart: shards that were not heard of again in time."""
+        """Shards that were not heard of again in time, after their own death or the coordinator's."""
         if self.placement is None or now < self._shards_due_at:
             return
         here = {session.name for session in shards}
         for shard in self.placement.shards:
-            if shard.name not in here:
+            if shard.name in here and shard.name not in self._away:
+                continue
+            if not self.has_journal:
                 self.fail(self._lost_shard(shard, "it did not come back after the coordinator's restart"), now)
+            elif now - self._away.setdefault(shard.name, now) > RECOVERY_SECONDS:
+                self.fail(self._lost_shard(shard, f"it did not come back within {RECOVERY_SECONDS:.0f} s"), now)
 
     def _place(self, shards: list[Session], now: float) -> None:
         assert self.layout is not None
@@ -233,10 +242,15 @@ class JobRun:
                 for name, blocks in placed.items()
             ),
         )
+        self._save_placement()
+
+    def _save_placement(self) -> None:
+        assert self.layout is not None
+        assert self.placement is not None
         body = {
             "layout": msgspec.to_builtins(self.layout),
             "examples": self.examples,
-            "term": TERM,
+            "term": self.placement.term,
             "shards": [asdict(shard) for shard in self.placement.shards],
         }
         self._effects.append(SaveDocument(self.record.id, "placed", body))
@@ -254,6 +268,11 @@ class JobRun:
             return ""
         if self.placement is None and len(shards) < self.job.cluster.shards:
             return f"waiting for shards: {len(shards)} of {self.job.cluster.shards} are here"
+        if self._away:
+            names = ", ".join(sorted(self._away))
+            return f"waiting for {names}, with the journal: start it again under the same name and --state"
+        if refusing := self.telemetry.refusing_disks():
+            return "; ".join(f"{name} holds back acknowledgements: {why}" for name, why in refusing.items())
         return "" if workers else "waiting for workers: none is alive"
 
     # ---------------------------------------------------------------------------- what is heard
@@ -271,30 +290,61 @@ class JobRun:
         placed = self._placed(session.name)
         if report.job != self.record.id or placed is None:
             return
+        if report.failed:
+            self.fail(f"{session.name!r} says: {report.failed}", now)
+            return
         if report.term != TERM or report.blocks != len(placed.blocks) or report.initialised_blocks > report.blocks:
             self._count("inconsistent-report")
             return
+        before = self.telemetry.shards.get(session.name)
         self.telemetry.shards[session.name] = report
-        if self.state in ACTIVE_STATES[1:] and report.initialised_blocks < report.blocks:
+        wanted = before.initialised_blocks if before is not None else 0
+        if report.initialised_blocks < (report.blocks if self.state in ACTIVE_STATES[1:] else wanted):
             self.fail(self._lost_shard(placed, "it has lost their values"), now)
+        elif self._away.pop(session.name, None) is not None:
+            self.shards_recovered.append(session.name)
+            self.save_progress(now)
 
     def shard_joined(self, session: Session, now: float) -> None:
-        """A shard registered; under another incarnation than the placed one it is an empty successor."""
+        """A shard registered; under another incarnation than the placed one it has what is in its journal, or nothing.
+
+        The term stays: the blocks are placed on the same shard, and its journal is held by one process at a time.
+        """
         placed = self._placed(session.name)
-        if placed is not None and placed.incarnation != session.incarnation:
+        if placed is None or placed.incarnation == session.incarnation or self.placement is None:
+            return
+        if not self.has_journal:
             self.fail(self._lost_shard(placed, "another process took its name"), now)
+            return
+        successor = replace(placed, incarnation=session.incarnation, address=session.address, key=session.key)
+        shards = tuple(successor if shard is placed else shard for shard in self.placement.shards)
+        self.placement = replace(self.placement, shards=shards)
+        self._away.setdefault(session.name, now)
+        self._save_placement()
 
     def shard_lost(self, session: Session, seconds: float, now: float) -> None:
         placed = self._placed(session.name)
-        if placed is not None and self.state in ACTIVE_STATES:
+        if placed is None or self.state not in ACTIVE_STATES:
+            return
+        if self.has_journal:
+            self._away.setdefault(session.name, now)
+        else:
             self.fail(self._lost_shard(placed, f"it was not heard of for {seconds:.1f} s"), now)
+
+    @property
+    def has_journal(self) -> bool:
+        """Whether a shard that is started again knows what it acknowledged."""
+        return self.job.durability.log != "none"
 
     def _lost_shard(self, shard: PlacedShard, how: str) -> str:
         assert self.layout is not None
         lost = sum(4 * self.layout.blocks[block].elements for block in shard.blocks)
+        mend = "submit the job again" + (
+            "" if self.has_journal else "; durability {log: journal} survives such a death"
+        )
         return (
             f"{shard.name!r} died ({how}) and with it {len(shard.blocks)} of {len(self.layout.blocks)} blocks, "
-            f"{lost / 1e6:.1f} MB of weights; there are no backups yet: start the shard again and submit the job again"
+            f"{lost / 1e6:.1f} MB of weights; there are no backups yet: start the shard again and {mend}"
         )
 
     def worker_lost(self, session: Session, now: float) -> None:
@@ -386,6 +436,10 @@ class JobRun:
                 workers=keys,
             )
         return known
+
+    def addresses(self) -> tuple[tuple[str, str], ...]:
+        """Where workers find the shards, and the keys that these prove to hold there."""
+        return () if self.placement is None else tuple((shard.address, shard.key) for shard in self.placement.shards)
 
     def is_placed(self, shards: list[Session]) -> bool:
         """Whether workers may be sent to the shards: the blocks are placed and every shard serves its own."""

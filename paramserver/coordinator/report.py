@@ -49,9 +49,14 @@ def job_figures(run: JobRun, waiting: str, now: float) -> dict[str, Any]:
         "layers": telemetry.layers(),
         "residual_norm": telemetry.residual_norm(),
         "queues": telemetry.queues(),
-        "faults": {**telemetry.faults(), "workers_lost": len(run.workers_lost)},
+        "faults": {
+            **telemetry.faults(),
+            "workers_lost": len(run.workers_lost),
+            "shards_recovered": len(run.shards_recovered),
+        },
         "refusals": telemetry.refusals(),
         "workers_lost": list(run.workers_lost),
+        "shards_recovered": list(run.shards_recovered),
         "shards": telemetry.by_shard(),
         "workers": telemetry.by_worker(),
     }
@@ -88,6 +93,7 @@ def job_result(run: JobRun, coordinator_refusals: dict[str, int], now: float) ->
         "refusals": {"shards": telemetry.refusals(), "coordinator": coordinator_refusals},
         "faults": telemetry.faults(),
         "workers_lost": list(run.workers_lost),
+        "shards_recovered": list(run.shards_recovered),
         "warnings": [*run.record.warnings, *run.leasing.warnings],
     }
     return cast(dict[str, Any], plain(figures))
@@ -116,6 +122,7 @@ def empty_result(record: JobRecord) -> dict[str, Any]:
         "refusals": {"shards": {}, "coordinator": {}},
         "faults": telemetry.faults(),
         "workers_lost": [],
+        "shards_recovered": [],
         "warnings": list(record.warnings),
     }
 

@@ -207,6 +207,10 @@ class Telemetry:
             "skipped_steps": sum(report.skipped_steps for report in workers),
         }
 
+    def refusing_disks(self) -> dict[str, str]:
+        """Shards whose journal cannot be written now, and why."""
+        return {name: report.refusing_disk for name, report in sorted(self.shards.items()) if report.refusing_disk}
+
     def by_shard(self) -> dict[str, Any]:
         return {
             name: {
@@ -228,6 +232,8 @@ class Telemetry:
                 "waiting_seconds": finite(report.waiting_seconds),
                 "working_seconds": finite(report.working_seconds),
                 "refusals": dict(report.refusals),
+                "journal_bytes": report.journal_bytes,
+                "refusing_disk": report.refusing_disk,
             }
             for name, report in sorted(self.shards.items())
         }

@@ -373,6 +373,9 @@ class ShardReport(Struct, frozen=True, array_like=True, tag="shard-report"):
     replica_distance: float = 0.0  # |weights - published| / |weights|, now
     publish_period: Count = 0  # updates of a block between two editions, the longest now; 0: every version is one
     dropped: Count = 0  # answers to workers that are gone, or that have left too much unread
+    failed: Text = ""  # why this shard cannot serve `job`: a clear message
+    refusing_disk: Text = ""  # why the journal cannot be written now; acknowledgements wait for it
+    journal_bytes: Count = 0  # written to the journal
 
 
 class WorkerReport(Struct, frozen=True, array_like=True, tag="worker-report"):

@@ -15,6 +15,8 @@ from paramserver.protocol.messages import Register
 from paramserver.protocol.transport import TransportError
 from paramserver.protocol.zeromq import ZeroMQTransport
 from paramserver.shard.core import ShardCore
+from paramserver.shard.journal.home import JournalHome
+from paramserver.shard.journal.layout import JournalError
 from paramserver.shard.server import ShardServer
 
 
@@ -27,6 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keys", type=Path, help="folder with NAME.key_secret and NAME.key of all who may join")
     parser.add_argument("--coordinator-key", type=Path, help="its public key (default: coordinator.key in --keys)")
     parser.add_argument("--insecure", action="store_true", help="listen beyond loopback without keys")
+    parser.add_argument("--state", type=Path, help="a folder for journals; without it jobs that want one are refused")
     return parser.parse_args(arguments)
 
 
@@ -43,14 +46,16 @@ def main() -> int:
         log("refused", level="error", reason=error)
         return 1
     coordinator_key = "" if keys is None else keys.coordinator
-    core, transport = ShardCore(options.name), ZeroMQTransport(keys, options.insecure)
+    transport = ZeroMQTransport(keys, options.insecure)
     try:
+        home = None if options.state is None else JournalHome(options.state, options.name)
+        core = ShardCore(options.name)
         server = ShardServer(
-            core, transport, options.listen, options.coordinator, introduction, coordinator_key=coordinator_key
+            core, transport, options.listen, options.coordinator, introduction, home, coordinator_key=coordinator_key
         )
         log("listening", address=server.address, keys=options.keys or "none")
         server.run(stop)
-    except (TransportError, MembershipError) as error:
+    except (TransportError, MembershipError, JournalError) as error:
         log("refused", level="error", reason=error)
         return 1
     finally:

@@ -12,6 +12,7 @@ from paramserver.encoding.base import Bytes, Encoding, Float32
 from paramserver.protocol.buffers import BufferPool
 from paramserver.protocol.layout import Block
 from paramserver.protocol.transport import FrameMemory
+from paramserver.shard.journal.states import Arrays, BlockState
 from paramserver.shard.watermarks import Watermarks
 
 if TYPE_CHECKING:
@@ -48,6 +49,21 @@ class HeldBlock:
         self.weights[:] = values.view(np.float32) if values.ctypes.data % 4 == 0 else values.copy().view(np.float32)
         self._first_values = digest
         return True
+
+    def kept(self, arrays: Arrays) -> BlockState:
+        """What a restart needs; the arrays themselves, not copies, are added to `arrays`."""
+        arrays[f"{self.index}.weights"] = self.weights
+        for slot, values in enumerate(self.state):
+            arrays[f"{self.index}.state{slot}"] = values
+        return BlockState(self.index, self.version, self.marks.as_dict(), self._first_values.hex())
+
+    def restore(self, state: BlockState, arrays: Arrays) -> None:
+        """Become what was kept; arrays are copied."""
+        self.weights[:] = arrays[f"{self.index}.weights"]
+        for slot, values in enumerate(self.state):
+            values[:] = arrays[f"{self.index}.state{slot}"]
+        self.version, self.marks = state.version, Watermarks(state.marks)
+        self._first_values = bytes.fromhex(state.first_values)
 
     def snapshot(self, encoding: Encoding, pool: BufferPool, memory: FrameMemory | None = None) -> Bytes:
         """The weights as they are now, encoded into a buffer of the pool; give it back when it is sent.

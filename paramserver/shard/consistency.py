@@ -10,15 +10,17 @@ Sources: bounded = stale synchronous parallel (Ho et al., NIPS 2013); sync with 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import ClassVar
 
 import numpy as np
+from msgspec import structs
 
 from paramserver.encoding import Encoding, make_encoding
 from paramserver.encoding.base import Bytes, Float32
 from paramserver.job import Job
 from paramserver.shard.block import HeldBlock
+from paramserver.shard.journal.states import Arrays, PolicyState, RoundState
 from paramserver.shard.optimizers import decode_add
 
 # Applies a checked frame to a block; staleness in versions (for damping).
@@ -38,11 +40,13 @@ class Policy(ABC):
         """The workers that count from now on. May release pulls and complete rounds."""
         self.members = frozenset(members)
 
-    def tick(self, worker: str, step: int) -> None:  # noqa: B027  (most modes keep no clock)
-        """A worker has finished `step` steps."""
+    def tick(self, worker: str, step: int) -> bool:
+        """A worker has finished `step` steps. Returns whether that is news; most modes keep no clock."""
+        return False
 
-    def greeted(self, worker: str) -> None:  # noqa: B027
-        """A worker says Hello: it may count its steps from the start again."""
+    def greeted(self, worker: str) -> bool:
+        """A worker says Hello: it may count its steps from the start again. Returns whether that is news."""
+        return False
 
     @abstractmethod
     def absorb(self, block: HeldBlock, worker: str, encoding: Encoding, frame: Bytes, staleness: int) -> None:
@@ -51,6 +55,17 @@ class Policy(ABC):
     @abstractmethod
     def may_pull(self, worker: str, blocks: Iterable[int]) -> bool:
         """Whether the worker may have these blocks now; otherwise its pull is parked and asked about again."""
+
+    def forget(self, index: int) -> None:  # noqa: B027  (most modes hold nothing back)
+        """A block is not held any more."""
+
+    def kept(self, arrays: Arrays) -> PolicyState:
+        """What a restart needs; the arrays themselves, not copies, are added to `arrays`."""
+        return PolicyState(members=tuple(sorted(self.members)))
+
+    def restore(self, state: PolicyState, arrays: Arrays, blocks: Mapping[int, HeldBlock]) -> None:
+        """Become what was kept; arrays are copied."""
+        self.members = frozenset(state.members)
 
     @property
     def pending_updates(self) -> int:
@@ -97,24 +112,36 @@ class BoundedPolicy(AsyncPolicy):
         for worker in set(members) - self.members:
             self._offsets[worker] = slowest - self._steps.get(worker, 0)
         super().set_members(members)
-        for worker in set(self._steps) - self.members:
+        for worker in self._offsets.keys() - self.members:
             # What a worker without a lease last counted is kept: it is where its next offset starts.
-            self._offsets.pop(worker, None)
+            del self._offsets[worker]
 
-    def tick(self, worker: str, step: int) -> None:
-        known = self._steps.get(worker, step)
-        if step < known and worker not in self._greeted:
-            return  # said before, and overtaken on its way
-        if step < known and worker in self._offsets:
+    def tick(self, worker: str, step: int) -> bool:
+        known = self._steps.get(worker)
+        if known is not None and step < known and worker not in self._greeted:
+            return False  # said before, and overtaken on its way
+        if known is not None and step < known and worker in self._offsets:
             self._offsets[worker] += known - step  # it counts from 0 again and stands where it stood
+        is_news = step != known or worker in self._greeted
         self._greeted.discard(worker)
         self._steps[worker] = step
+        return is_news
 
-    def greeted(self, worker: str) -> None:
+    def greeted(self, worker: str) -> bool:
+        is_news = worker not in self._greeted
         self._greeted.add(worker)
+        return is_news
 
     def may_pull(self, worker: str, blocks: Iterable[int]) -> bool:
         return worker not in self.members or self._clock(worker) - self._slowest() <= self._slack
+
+    def kept(self, arrays: Arrays) -> PolicyState:
+        clocks = {"steps": dict(self._steps), "offsets": dict(self._offsets), "greeted": tuple(sorted(self._greeted))}
+        return structs.replace(super().kept(arrays), **clocks)
+
+    def restore(self, state: PolicyState, arrays: Arrays, blocks: Mapping[int, HeldBlock]) -> None:
+        super().restore(state, arrays, blocks)
+        self._steps, self._offsets, self._greeted = dict(state.steps), dict(state.offsets), set(state.greeted)
 
     def _clock(self, worker: str) -> int:
         return self._steps.get(worker, 0) + self._offsets[worker]
@@ -174,6 +201,29 @@ class SyncPolicy(Policy):
 
     def may_pull(self, worker: str, blocks: Iterable[int]) -> bool:
         return not any(block in self._rounds and worker in self._rounds[block][1].contributors for block in blocks)
+
+    def forget(self, index: int) -> None:
+        self._rounds.pop(index, None)
+
+    def kept(self, arrays: Arrays) -> PolicyState:
+        rounds = []
+        for index, (_, held) in sorted(self._rounds.items()):
+            arrays[f"{index}.round"] = held.total
+            rounds.append(RoundState(index, tuple(sorted(held.contributors)), held.updates, held.staleness))
+        return structs.replace(
+            super().kept(arrays), quorum=self._quorum, is_draining=self._is_draining, rounds=tuple(rounds)
+        )
+
+    def restore(self, state: PolicyState, arrays: Arrays, blocks: Mapping[int, HeldBlock]) -> None:
+        super().restore(state, arrays, blocks)
+        self._quorum, self._is_draining = state.quorum, state.is_draining
+        for kept in state.rounds:
+            block = blocks[kept.block]
+            held = _Round(block.elements)
+            held.total[:] = arrays[f"{kept.block}.round"]
+            held.contributors = set(kept.contributors)
+            held.updates, held.staleness = kept.updates, kept.staleness
+            self._rounds[kept.block] = block, held
 
     @property
     def publish_period(self) -> int | None:

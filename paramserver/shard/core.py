@@ -6,7 +6,7 @@ is either done or refused by name, counted, and changes nothing.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -42,6 +42,17 @@ from paramserver.protocol.messages import (
 from paramserver.protocol.transport import MAX_MESSAGE_BYTES, FrameMemory
 from paramserver.shard.block import HeldBlock
 from paramserver.shard.consistency import make_policy
+from paramserver.shard.journal.records import (
+    AnyRecord,
+    Decision,
+    FirstValues,
+    Greeted,
+    Journal,
+    Ordered,
+    Published,
+    Ticked,
+    pushed,
+)
 from paramserver.shard.optimizers import make_optimizer, warm_up
 from paramserver.shard.publishing import UnknownEditionError, make_publishing, weights_of
 from paramserver.shard.publishing import warm_up as warm_up_publishing
@@ -116,6 +127,72 @@ class Serving:
         self.names: set[str] = set()  # of all workers that ever said Hello
         self.sweep_at = SWEEP_PEERS
         self.parked: dict[bytes, dict[int, Pull]] = {}  # by peer and request: a repeated one takes its place
+        self.journal: Journal | None = None
+        self.decided: list[Decision] = []  # since the last record
+        self.given: deque[Decision] | None = None  # in a replay: what was decided
+
+    def follow(self, order: ShardOrder) -> None:
+        """Hold this order's blocks, for its members, under its term."""
+        before, self.order = self.order, order
+        for index in set(order.blocks) - self.blocks.keys():
+            self.blocks[index] = HeldBlock(order.layout.blocks[index], self.optimizer)
+        for index in self.blocks.keys() - set(order.blocks):
+            del self.blocks[index]
+            self.publishing.forget(index)
+            self.policy.forget(index)
+        self.has_trained = self.has_trained or bool(order.members)
+        self.rest()
+        self.policy.set_members([member.worker for member in order.members])
+        if (order.term, order.phase, order.blocks, order.members) != (
+            before.term, before.phase, before.blocks, before.members,
+        ):  # fmt: skip
+            self.note(Ordered(order.term, order.phase, order.blocks, order.members, self.take_decisions()))
+
+    def rest(self) -> None:
+        """Tell publishing whether training pauses or is over."""
+        self.publishing.rest(self.has_trained and not self.order.members)
+
+    def initialise(self, fresh: Sequence[tuple[HeldBlock, Bytes]]) -> None:
+        """Give blocks that have none their checked first values."""
+        for block, values in fresh:
+            block.initialise(values)
+            self.publishing.begin(block)
+        if fresh:
+            self.note(FirstValues(tuple([block.index for block, _ in fresh])), [values for _, values in fresh])
+
+    def absorb(
+        self,
+        block: HeldBlock,
+        worker: str,
+        incarnation: int,
+        sequence: int,
+        encoding: Encoding,
+        frame: Bytes,
+        staleness: int,
+        is_pull_slow: bool,
+    ) -> None:
+        """Take a checked update, whose sequence is the next one, into the state."""
+        self.publishing.saw_push(block, worker, is_pull_slow)
+        self.policy.absorb(block, worker, encoding, frame, staleness)
+        block.marks.advance(worker, incarnation, sequence)
+        self.telemetry.applied(worker, block.group, encoding.identifier, staleness, frame.size, block.elements)
+
+    def encoding_of(self, update: BlockUpdate) -> Encoding | None:
+        """What the update is encoded in; None where the job does not take that."""
+        encoding = self.push_encodings[update.block]
+        if update.encoding == encoding.identifier:
+            return encoding
+        return self.fp32 if update.encoding == self.fp32.identifier else None
+
+    def note(self, record: AnyRecord, frames: Sequence[Bytes] = ()) -> None:
+        """Write what was decided, where the job has a journal."""
+        if self.journal is not None:
+            self.journal.append(record, frames)
+
+    def take_decisions(self) -> tuple[Decision, ...]:
+        """Those since the last record."""
+        decided, self.decided = tuple(self.decided), []
+        return decided
 
     def unpark(self, peer: bytes, request: Pull | Push) -> None:
         """Forget a parked pull; nothing happens where it is none."""
@@ -136,9 +213,13 @@ class Serving:
         self.sweep_at = max(SWEEP_PEERS, 2 * len(self.peers))
 
     def _apply(self, block: HeldBlock, encoding: Encoding, frame: Bytes, staleness: int) -> None:
-        self.optimizer.apply(block.weights, block.state, block.version, encoding, frame, self.damping(staleness))
+        given = None if self.given is None else self.given.popleft()
+        lr_factor = self.damping(staleness) if given is None else given.lr_factor
+        self.optimizer.apply(block.weights, block.state, block.version, encoding, frame, lr_factor)
         block.version += 1
-        self.publishing.applied(block, self.policy.publish_period)
+        outcome = self.publishing.applied(block, self.policy.publish_period, None if given is None else given.outcome)
+        if self.journal is not None:
+            self.decided.append(Decision(block.index, lr_factor, outcome))
 
 
 def _pull_of(request: Pull | Push) -> Pull:
@@ -181,26 +262,27 @@ class ShardCore:
             self.serving = None
             return []
         if serving is None or serving.order.job != order.job:
-            self.refusals.clear()
-            serving = self.serving = Serving(order)
+            serving = Serving(order)
+            if serving.job.durability.log != "none":
+                raise ValueError(f"job {order.job!r} wants a journal: open it, then let the core `adopt` what it holds")
+            self.adopt(serving)
         elif order.term < serving.order.term:
             return []
-        for index in set(order.blocks) - serving.blocks.keys():
-            serving.blocks[index] = HeldBlock(order.layout.blocks[index], serving.optimizer)
-        for index in serving.blocks.keys() - set(order.blocks):
-            del serving.blocks[index]
-            serving.publishing.forget(index)
-        serving.order = order
-        serving.has_trained = serving.has_trained or bool(order.members)
-        serving.publishing.rest(serving.has_trained and not order.members)
-        serving.policy.set_members([member.worker for member in order.members])
+        serving.follow(order)
         return self._release(serving)
+
+    def adopt(self, serving: Serving) -> None:
+        """Take up a job with what its journal holds of it; `take_order` then goes on from there."""
+        self.refusals.clear()
+        self.serving = serving
 
     def publish_due(self, now: float) -> int:
         """Publish what has waited too long. Returns how many blocks have updates that no edition holds yet."""
         if self.serving is None:
             return 0
-        self.serving.publishing.publish_due(now)
+        published = self.serving.publishing.publish_due(now)
+        if published:
+            self.serving.note(Published(published))
         return self.serving.publishing.unpublished()
 
     # ------------------------------------------------------------------- the hot path
@@ -213,7 +295,7 @@ class ShardCore:
                     return self._push(peer, message, frames)
                 case Pull():
                     serving = self._admit(peer, message)
-                    serving.policy.tick(message.worker, message.step)
+                    self._count_step(serving, message)
                     released = self._release(serving)
                     return [*released, *self._answer_pull(serving, peer, message, self._wanted(serving, peer, message))]
                 case Tick():
@@ -232,14 +314,22 @@ class ShardCore:
         wanted = self._wanted(serving, peer, push)  # before anything changes: a refused message must change nothing
         acknowledged: list[Acknowledged] = []
         refused: list[RefusedUpdate] = []
-        for update, frame in zip(push.updates, frames, strict=True):
+        taken: list[tuple[BlockUpdate, Bytes]] = []
+        for update, buffer in zip(push.updates, frames, strict=True):
+            frame = np.frombuffer(buffer, np.uint8)
             try:
-                acknowledged.append(self._update(serving, push, update, np.frombuffer(frame, np.uint8)))
+                acknowledged.append(self._update(serving, push, update, frame))
+                if not acknowledged[-1].duplicate:
+                    taken.append((update, frame))
             except Refused as why:
                 self.refusals[why.code] += 1
                 refused.append(RefusedUpdate(update.block, update.sequence, why.code, why.detail, why.expected))
         serving.telemetry.pushes += 1
-        serving.policy.tick(push.worker, push.step)
+        if taken and serving.journal is not None:
+            serving.policy.tick(push.worker, push.step)
+            serving.note(pushed(push, taken, serving.take_decisions()), [frame for _, frame in taken])
+        else:
+            self._count_step(serving, push)
         found = self._values(serving, peer, push, wanted) if push.wants else _NO_VALUES
         values, bodies, loaned = found or _NO_VALUES
         verdicts = Pushed(
@@ -272,22 +362,18 @@ class ShardCore:
             raise Refused("unknown-edition", f"block {update.block}: {error}") from None
         except EncodingError as error:
             raise Refused(error.code, f"block {update.block}: {error}") from None
-        serving.publishing.saw_push(block, push.worker, push.is_pull_slow)
-        serving.policy.absorb(block, push.worker, encoding, frame, staleness)
-        block.marks.advance(push.worker, push.incarnation, update.sequence)
-        telemetry = serving.telemetry
-        telemetry.applied(push.worker, block.group, encoding.identifier, staleness, frame.size, block.elements)
+        is_slow = push.is_pull_slow
+        serving.absorb(block, push.worker, push.incarnation, update.sequence, encoding, frame, staleness, is_slow)
         return Acknowledged(update.block, update.sequence, block.version)
 
     @staticmethod
     def _encoding_of(serving: Serving, update: BlockUpdate) -> Encoding:
-        encoding = serving.push_encodings[update.block]
-        if update.encoding == encoding.identifier:
-            return encoding
-        if update.encoding == serving.fp32.identifier:
-            return serving.fp32
-        detail = f"block {update.block}: found {update.encoding!r}, this job takes {encoding.identifier} and fp32"
-        raise Refused("unknown-encoding", detail)
+        encoding = serving.encoding_of(update)
+        if encoding is None:
+            usual = serving.push_encodings[update.block].identifier
+            detail = f"block {update.block}: found {update.encoding!r}, this job takes {usual} and fp32"
+            raise Refused("unknown-encoding", detail)
+        return encoding
 
     def _answer_pull(
         self, serving: Serving, peer: bytes, request: Pull | Push, blocks: Sequence[HeldBlock]
@@ -365,8 +451,13 @@ class ShardCore:
         if serving.peers.get(peer) != (tick.worker, tick.incarnation):
             self.refusals["unknown-worker"] += 1
             return []
-        serving.policy.tick(tick.worker, tick.step)
+        self._count_step(serving, tick)
         return self._release(serving)
+
+    @staticmethod
+    def _count_step(serving: Serving, message: Push | Pull | Tick) -> None:
+        if serving.policy.tick(message.worker, message.step):
+            serving.note(Ticked(message.worker, message.step))
 
     def _hello(self, peer: bytes, hello: Hello) -> Reply:
         serving = self._serving(hello.job)
@@ -395,7 +486,8 @@ class ShardCore:
             raise Refused("not-served", f"this job has had {MAX_WORKERS} workers already, which is the limit")
         serving.names.add(hello.worker)
         serving.peers[peer] = (hello.worker, hello.incarnation)
-        serving.policy.greeted(hello.worker)
+        if serving.policy.greeted(hello.worker):
+            serving.note(Greeted(hello.worker))
         return Reply(peer, Welcome(shard=self.name, job=hello.job, term=serving.order.term))
 
     def _initialise(self, peer: bytes, message: Initialise, frames: Sequence[memoryview]) -> Reply:
@@ -413,10 +505,11 @@ class ShardCore:
             except EncodingError as error:
                 raise Refused(error.code, f"block {index}: {error}") from None
             checked.append((block, values))
+        fresh = [(block, values) for block, values in checked if not block.is_initialised]
         for block, values in checked:
-            if not block.initialise(values):
+            if block.is_initialised and not block.initialise(values):
                 raise Refused("already-initialised", f"block {block.index} was given other first values before")
-            serving.publishing.begin(block)
+        serving.initialise(fresh)
         return Reply(peer, Initialised(request=message.request))
 
     # -------------------------------------------------------------------- admission

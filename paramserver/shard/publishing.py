@@ -27,12 +27,14 @@ import numpy as np
 from paramserver.encoding import Encoding, aligned_zeros, make_encoding
 from paramserver.encoding import warm_up as warm_up_encoding
 from paramserver.encoding.base import Bytes, Float32
-from paramserver.encoding.coded import Coded, StepPolicy
+from paramserver.encoding.coded import Coded, Moved, StepPolicy
 from paramserver.encoding.coded import warm_up as warm_up_coded
 from paramserver.job import PullSettings
 from paramserver.protocol.buffers import BufferPool
 from paramserver.protocol.transport import FrameMemory
 from paramserver.shard.block import HeldBlock
+from paramserver.shard.journal.records import HELD_BACK, NOT_DUE, PUBLISHED, STILL
+from paramserver.shard.journal.states import Arrays, PublishingState, ReplicaState
 
 MAX_EDITIONS = 4096  # whose versions are remembered; the staleness of an older one is counted from the oldest
 MEASURE_EVERY = 64  # editions between two looks at how far a block moves: each is a pass over it
@@ -76,8 +78,12 @@ class Publishing(ABC):
     ) -> None:
         """The worker pushed an update of the block, perhaps not yet applied; `is_pull_slow` as it said in its push."""
 
-    def applied(self, block: HeldBlock, period: int | None) -> None:  # noqa: B027
-        """The block has a new version. `period`: publish after so many; None: the number of pushers decides."""
+    def applied(self, block: HeldBlock, period: int | None, outcome: int | None = None) -> int:
+        """The block has a new version. `period`: publish after so many; None: the number of pushers decides.
+
+        Returns what came of it, as records.py has it; in a replay it is given and followed.
+        """
+        return NOT_DUE
 
     @abstractmethod
     def value(self, block: HeldBlock, have: int, room: int, pool: BufferPool, memory: FrameMemory | None) -> Value:
@@ -86,8 +92,22 @@ class Publishing(ABC):
     def rest(self, is_resting: bool) -> None:  # noqa: B027  (nothing is left behind by fresh weights)
         """Whether training pauses or is over: what is published now is for the time being the last."""
 
-    def publish_due(self, now: float) -> None:  # noqa: B027  (nothing is due with fresh weights)
-        """Publish what has waited for longer than the timer allows."""
+    def publish_due(self, now: float) -> tuple[tuple[int, int], ...]:
+        """Publish what has waited for longer than the timer allows. Returns these (block, edition)."""
+        return ()
+
+    def publish(self, index: int) -> int:
+        """Publish a block now, as the timer once did. Returns the edition."""
+        raise ValueError("fresh weights have no editions to publish")
+
+    def kept(self, arrays: Arrays) -> PublishingState:
+        """What a restart needs; the arrays are added to `arrays`."""
+        return PublishingState()
+
+    def restore(  # noqa: B027  (fresh weights keep nothing)
+        self, state: PublishingState, arrays: Arrays, blocks: Mapping[int, HeldBlock]
+    ) -> None:
+        """Become what was kept, of blocks that are restored already; arrays are copied."""
 
     def unpublished(self) -> int:
         """Blocks with updates that no edition holds yet, or only coarsely while nobody trains."""
@@ -161,6 +181,32 @@ class PublishedBlock:
         self._versions = array("q", [version])  # of editions from _first_edition on
         self._last_push: dict[str, int] = {}
         self._slow: set[str] = set()  # pushers whose pulls hold them up
+
+    def kept(self, index: int, arrays: Arrays) -> ReplicaState:
+        arrays[f"{index}.published"] = self.values
+        arrays[f"{index}.versions"] = np.array(self._versions, np.int64)
+        return ReplicaState(
+            block=index,
+            edition=self.edition,
+            first_edition=self._first_edition,
+            since=self.since,
+            unseen=self.unseen,
+            is_still=self.is_still,
+            held=self.held,
+            last_push=dict(self._last_push),
+            slow=tuple(sorted(self._slow)),
+            period=self.period,
+            is_coarse=self.is_coarse,
+        )
+
+    def restore(self, state: ReplicaState, arrays: Arrays) -> None:
+        self.values[:] = arrays[f"{state.block}.published"]
+        self._versions = array("q", arrays[f"{state.block}.versions"].tolist())
+        self.edition, self._first_edition = state.edition, state.first_edition
+        self.since, self.unseen = state.since, state.unseen
+        self.is_still, self.held = state.is_still, state.held
+        self._last_push = dict(state.last_push)
+        self._slow, self.period, self.is_coarse = set(state.slow), state.period, state.is_coarse
 
     def version_at(self, edition: int) -> int:
         """The block's version when this edition was published; of a forgotten one, the oldest that is known."""
@@ -248,18 +294,24 @@ class PublishedDeltas(Publishing):
     def saw_push(self, block: HeldBlock, worker: str, is_pull_slow: bool) -> None:
         self._replicas[block.index].saw_push(worker, block.version, is_pull_slow)
 
-    def applied(self, block: HeldBlock, period: int | None) -> None:
+    def applied(self, block: HeldBlock, period: int | None, outcome: int | None = None) -> int:
         replica = self._replicas[block.index]
         replica.since += 1
         replica.unseen += 1
         replica.period = self._every or period or replica.follow_pushers(block.version)
         if replica.since < replica.period:
-            return
-        if self._is_held_back(block, replica):
+            return NOT_DUE
+        if outcome is None:
+            is_held = self._is_held_back(block, replica)
+        else:
+            # A sum of squares decided it, and such sums are not bit-identical everywhere.
+            is_held, replica.is_still = bool(outcome & HELD_BACK), bool(outcome & STILL)
+        if is_held:
             replica.since = 0
             replica.held += 1
         else:
             self._publish(block, replica)
+        return (HELD_BACK if is_held else PUBLISHED) | (STILL if replica.is_still else 0)
 
     def _is_held_back(self, block: HeldBlock, replica: PublishedBlock) -> bool:
         """Whether a block that is due moves so little that it waits for another period."""
@@ -311,7 +363,8 @@ class PublishedDeltas(Publishing):
     def rest(self, is_resting: bool) -> None:
         self._is_resting = is_resting
 
-    def publish_due(self, now: float) -> None:
+    def publish_due(self, now: float) -> tuple[tuple[int, int], ...]:
+        published = []
         for index, replica in self._replicas.items():
             if not self._is_due(replica):
                 continue
@@ -319,7 +372,23 @@ class PublishedDeltas(Publishing):
             if replica.waiting_since is None:
                 replica.waiting_since = now
             elif now - replica.waiting_since >= patience:
-                self._publish(self._blocks[index], replica, is_last=self._is_resting)
+                published.append((index, self.publish(index)))
+        return tuple(published)
+
+    def publish(self, index: int) -> int:
+        self._publish(self._blocks[index], self._replicas[index], is_last=self._is_resting)
+        return self._replicas[index].edition
+
+    def kept(self, arrays: Arrays) -> PublishingState:
+        replicas = tuple(replica.kept(index, arrays) for index, replica in self._replicas.items())
+        steps = tuple((index, moved.elements, moved.squares) for index, moved in self._steps.state().items())
+        return PublishingState(replicas, steps)
+
+    def restore(self, state: PublishingState, arrays: Arrays, blocks: Mapping[int, HeldBlock]) -> None:
+        for replica in state.replicas:
+            self.begin(blocks[replica.block])
+            self._replicas[replica.block].restore(replica, arrays)
+        self._steps = StepPolicy(state={index: Moved(elements, squares) for index, elements, squares in state.steps})
 
     def _is_due(self, replica: PublishedBlock) -> bool:
         """Whether a block waits for the timer. Equal changes below half a step would never come without the last."""

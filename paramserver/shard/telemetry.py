@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from paramserver.protocol.messages import StalenessRow, TrafficRow
+from paramserver.shard.journal.states import TelemetryState
 from paramserver.shard.staleness import StalenessHistogram
 
 MOST_ROWS = 16_384  # of staleness, so that a heartbeat stays a message; what comes later counts for OTHERS
@@ -66,6 +67,28 @@ class Telemetry:
         if traffic is None:
             traffic = self._traffic[way, group, encoding] = Traffic()
         return traffic
+
+    def kept(self) -> TelemetryState:
+        """What a restart goes on from."""
+        return TelemetryState(
+            pushes=self.pushes,
+            pulls=self.pulls,
+            updates=self.updates,
+            duplicates=self.duplicates,
+            traffic=self.traffic_rows(),
+            staleness=self.staleness_rows(),
+        )
+
+    def restore(self, state: TelemetryState) -> None:
+        self.pushes, self.pulls = state.pushes, state.pulls
+        self.updates, self.duplicates = state.updates, state.duplicates
+        for row in state.traffic:
+            self._traffic[row.way, row.group, row.encoding] = Traffic(
+                row.payload_bytes, row.elements, row.snapshots, row.snapshot_bytes
+            )
+        for counted in state.staleness:
+            histogram = self._staleness[counted.worker, counted.group] = StalenessHistogram()
+            histogram.counts, histogram.total = list(counted.counts), counted.total
 
     def traffic_rows(self) -> tuple[TrafficRow, ...]:
         return tuple(

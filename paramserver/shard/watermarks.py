@@ -5,6 +5,7 @@ They travel with the block, so that whoever holds the block next refuses the sam
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 
 
@@ -22,8 +23,8 @@ class Watermarks:
 
     __slots__ = ("_marks",)
 
-    def __init__(self) -> None:
-        self._marks: dict[str, tuple[int, int]] = {}
+    def __init__(self, marks: Mapping[str, tuple[int, int]] | None = None) -> None:
+        self._marks: dict[str, tuple[int, int]] = dict(marks or {})
 
     def expected(self, worker: str, incarnation: int) -> int:
         """The next sequence that this incarnation may push."""

@@ -246,6 +246,14 @@ def test_a_rate_counts_what_the_shards_have_taken_and_given(processes: Processes
     assert all(0 <= shard[exchange.PEAK] < 500 for shard in rate.shards)
 
 
+def test_a_rate_with_a_journal_writes_every_update_down(processes: Processes) -> None:
+    elements = 400_000  # past what a commit gathers
+    rate = exchange.measure(exchange.Setting(elements, 2, 1, 0.2, INT8_BF16, log="journal"))
+    counted = {name: sum(shard[name] for shard in rate.shards) for name in exchange.COUNTED}
+    assert counted["push_elements"] == rate.cycles * elements
+    assert 1.0 < counted["journal_bytes"] / counted["push_payload_bytes"] < 1.1
+
+
 def test_a_setting_that_no_job_may_have_starts_no_process(processes: Processes) -> None:
     with pytest.raises(InputError, match="momentumm"):
         exchange.measure(exchange.Setting(1000, 1, 1, 0.1, INT8_BF16, {"name": "momentumm"}))
@@ -402,6 +410,7 @@ def test_bench_exchange_and_wire_print_json(capsys: Capture, processes: Processe
         (["wire", "--sizes", "9M"], "at most"),
         (["wire", "--in-flight", "100"], "at most 64"),
         (["exchange", "--rounds", "0"], "--rounds"),
+        (["exchange", "--log", "journl"], "did you mean 'journal'?"),
     ],
 )
 def test_what_the_user_gave_wrong_is_one_message_and_exit_code_2(

@@ -49,18 +49,22 @@ def specification(**settings: Any) -> str:
 
 
 class FakeShard:
-    """Becomes what its order says; its blocks are initialised when a worker does so."""
+    """Becomes what its order says; its blocks are initialised when a worker does so, or when its journal holds them."""
 
     role = "shard"
 
-    def __init__(self, name: str, pid: int) -> None:
+    def __init__(self, name: str, pid: int, port: int = 1, journal: set[int] | None = None) -> None:
         self.name = name
-        introduction = Register(role="shard", name=name, address=f"tcp://{name}:1", pid=pid, host="fake")
+        self.journal = journal or set()
+        self.failed = ""
+        introduction = Register(role="shard", name=name, address=f"tcp://{name}:{port}", pid=pid, host="fake")
         self.membership = Membership(introduction, self.report)
         self.order: ShardOrder | None = None
         self.initialised: set[int] = set()
 
     def report(self) -> ShardReport:
+        if self.failed:
+            return ShardReport(job="job", failed=self.failed)
         if self.order is None:
             return ShardReport()
         blocks = len(self.order.blocks)
@@ -80,7 +84,7 @@ class FakeShard:
         order = orders.order
         assert order is None or isinstance(order, ShardOrder)
         if order is None or self.order is None or order.job != self.order.job:
-            self.initialised.clear()
+            self.initialised = set(self.journal)
         self.order = order
 
     def work(self, cluster: Cluster) -> list[Message]:

@@ -55,7 +55,7 @@ def test_a_shard_beats_while_it_compiles_and_then_serves(monkeypatch: pytest.Mon
         is_compiling.set()
         assert may_end.wait(30)
 
-    monkeypatch.setattr(server_module, "Preparation", lambda order: Preparation(order, slow))
+    monkeypatch.setattr(server_module, "Preparation", lambda order, home: Preparation(order, home, slow))
     transport, own, stop = ZeroMQTransport(), ZeroMQTransport(), StopRequest()
     coordinator = transport.listen("tcp://127.0.0.1:0")
     introduction = Register(role="shard", name="shard-0")
@@ -90,12 +90,12 @@ def test_what_fails_while_compiling_is_raised_in_the_loop(poll: Callable[..., An
         raise RuntimeError("no compiler")
 
     with pytest.raises(RuntimeError, match="no compiler"):
-        _end(Preparation(order(), broken), poll)
+        _end(Preparation(order(), compile_for=broken), poll)
 
 
 def test_a_preparation_compiles_for_the_job_of_its_order(poll: Callable[..., Any]) -> None:
     compiled: list[str] = []
-    _end(Preparation(order(), lambda job: compiled.append(job.name)), poll)
+    _end(Preparation(order(), compile_for=lambda job: compiled.append(job.name)), poll)
     assert compiled == ["job"]
 
 

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from worker_rig import DEADLINE_SECONDS, SHAPES, Rig, make_gradients, make_parameters, total
+from worker_rig import DEADLINE_SECONDS, SHAPES, Rig, Shard, make_gradients, make_parameters, total
 
 from paramserver.encoding import parse_encoding
 from paramserver.job import PushSettings
@@ -469,3 +469,32 @@ def test_weights_that_diverged_fail_the_job_with_the_mend() -> None:
         block.version += 1
     with pytest.raises(JobFailure, match="not finite any more: training has diverged; lower optimizer.lr"):
         rig.exchange.pull(1)
+
+
+def test_a_shard_that_is_back_at_another_address_gets_what_it_did_not_answer_and_applies_it_once() -> None:
+    rig = Rig()
+    rig.step(1, 1)
+    old = rig.shards[0]
+    applied: list[Reply] = []
+
+    def dies(received: Received) -> list[Reply]:
+        # The update is in its journal, and the acknowledgement does not leave any more.
+        applied.extend(old.core.handle(received.peer, received.message, received.frames))
+        return []
+
+    old.intercept = dies
+    rig.exchange.begin(make_gradients(2), rig.replica.editions.copy(), 2)
+    rig.exchange.settle(patience_seconds=0.5 * DEADLINE_SECONDS)
+    assert applied, "the shard died before it had the update"
+    back = Shard(rig.network, "elsewhere")
+    back.core = old.core
+    assert back.core.serving is not None
+    back.core.serving.peers.clear()
+    rig.shards[0] = back
+    old.listener.close()
+    placement = [msgspec.structs.replace(rig.placement[0], address=back.listener.address), rig.placement[1]]
+    rig.exchange.follow(1, placement)
+    rig.exchange.settle()
+    rig.step(3, 3)
+    assert rig.updates() == 3 * len(rig.layout.blocks)
+    assert rig.counters.reconnections == 1

@@ -87,7 +87,7 @@ def _label(section: Mapping[str, Any]) -> str:
     return str(section["encoding"]) + (f" ({', '.join(others)})" if others else "")
 
 
-def synthetic_job(ways: Ways, optimizer: Mapping[str, Any]) -> Job:
+def synthetic_job(ways: Ways, optimizer: Mapping[str, Any], log: str = "none") -> Job:
     """The specification that shards of a measurement serve; its model is not built. Raises InputError."""
     from paramserver.job import JobError, parse_job
 
@@ -97,6 +97,7 @@ def synthetic_job(ways: Ways, optimizer: Mapping[str, Any]) -> Job:
         "push": dict(ways.push),
         "pull": dict(ways.pull),
         "optimizer": dict(optimizer),
+        "durability": {"log": log},
     }
     try:
         return parse_job(content, "bench")

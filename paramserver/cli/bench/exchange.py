@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
 from paramserver.cli.bench.choices import Ways, synthetic_job
@@ -38,6 +39,7 @@ REPORTED = (  # of a shard's report: what only grows
     "bytes_out",
     "waiting_seconds",
     "working_seconds",
+    "journal_bytes",
 )
 COUNTED = (
     *REPORTED,
@@ -62,6 +64,7 @@ class Setting:
     ways: Ways
     optimizer: Mapping[str, Any] = field(default_factory=lambda: dict(MOMENTUM))
     is_memory_shared: bool = True
+    log: str = "none"  # durability.log of the job
 
     @property
     def shapes(self) -> Shapes:
@@ -99,9 +102,13 @@ def measure(setting: Setting) -> Rate:
     """
     if find_spec("torch") is None:
         raise MeasurementError("workers need torch, which is not installed: pip install 'paramserver[models]'")
-    job = synthetic_job(setting.ways, setting.optimizer)
-    with Crew(shared_memory(setting.is_memory_shared)) as crew:
-        servers, addresses = start_shards(crew, setting.shapes, setting.shards, job.json_text())
+    job = synthetic_job(setting.ways, setting.optimizer, setting.log)
+    # The journals lie where temporary files do: TMPDIR says which disk is measured.
+    with (
+        TemporaryDirectory(prefix="paramserver-bench-") as state,
+        Crew(shared_memory(setting.is_memory_shared)) as crew,
+    ):
+        servers, addresses = start_shards(crew, setting.shapes, setting.shards, job.json_text(), state=state)
         clients = [
             crew.start(f"worker-{n}", cycling_worker, n, addresses, setting.shapes, dict(setting.ways.push))
             for n in range(setting.workers)
@@ -127,17 +134,20 @@ def start_shards(
     specification: str,
     listen: str = LOOPBACK,
     start: Callable[..., Child] = Crew.start,
+    state: str = "",
 ) -> tuple[list[Child], list[ShardAddress]]:
     """Shard processes that serve a model of these parameters, blocks balanced by bytes, and where they are.
 
-    `start` may start them elsewhere; it is called like Crew.start.
+    `start` may start them elsewhere; it is called like Crew.start. `state` is a folder for the journals of a
+    specification that wants them.
     """
     from paramserver.coordinator.placement import balance
     from paramserver.protocol.messages import ShardAddress
 
     placed = balance(layout_of(shapes), [f"shard-{number:03d}" for number in range(count)], count)
     servers = [
-        start(crew, name, serve_shard, name, shapes, blocks, specification, listen) for name, blocks in placed.items()
+        start(crew, name, serve_shard, name, shapes, blocks, specification, listen, state)
+        for name, blocks in placed.items()
     ]
     addresses = crew.hear(servers, "to listen")
     return servers, [
@@ -152,7 +162,7 @@ def layout_of(shapes: Shapes) -> Any:
 
 
 def serve_shard(
-    line: Line, name: str, shapes: Shapes, blocks: tuple[int, ...], specification: str, listen: str
+    line: Line, name: str, shapes: Shapes, blocks: tuple[int, ...], specification: str, listen: str, state: str = ""
 ) -> None:
     """A shard process: says its address, then its report as often as it hears REPORT, until it hears anything else."""
     from threading import Thread
@@ -163,20 +173,26 @@ def serve_shard(
     from paramserver.protocol.transport import Received
     from paramserver.protocol.zeromq import ZeroMQTransport
     from paramserver.shard.core import ShardCore, prepare
+    from paramserver.shard.journal.home import JournalHome
     from paramserver.shard.server import ShardServer
 
     identify("shard", name)
-    prepare(Job.model_validate_json(specification))  # compiled kernels count as imports
+    job = Job.model_validate_json(specification)
+    prepare(job)  # compiled kernels count as imports
     imported = _peak_megabytes()
-    core = ShardCore(name)
+    core, journal = ShardCore(name), None
     layout = layout_of(shapes)
-    core.take_order(ShardOrder(job="bench", specification=specification, term=1, phase=0, layout=layout, blocks=blocks))
+    order = ShardOrder(job="bench", specification=specification, term=1, phase=0, layout=layout, blocks=blocks)
+    if job.durability.log != "none":
+        serving, journal = JournalHome(Path(state), name).open(order)
+        core.adopt(serving)
+    core.take_order(order)
     stop = StopRequest()
     # One a thread. Where `listen` is beyond loopback it is in network namespaces that nobody else is in.
     transport, others = ZeroMQTransport(is_insecure=True), ZeroMQTransport()
     coordinator = others.listen(LOOPBACK)
     introduction = Register(role="shard", name=name, pid=os.getpid())
-    server = ShardServer(core, transport, listen, coordinator.address, introduction)
+    server = ShardServer(core, transport, listen, coordinator.address, introduction, journal=journal)
     line.say(server.address)
 
     def answer() -> None:

@@ -1,0 +1,59 @@
+"""Where a shard process keeps its journals: a folder a job under the shard's name, and only that of the last job."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from paramserver.protocol.messages import ShardOrder
+from paramserver.shard.core import Serving
+from paramserver.shard.journal.keeper import ShardJournal, open_journal
+from paramserver.shard.journal.layout import JournalError
+from paramserver.shard.journal.storage import OsFolder, remove_others
+
+HELD_SECONDS = 5.0  # how long a predecessor that is ending may still hold its folder
+LOOK_SECONDS = 0.1
+
+
+class JournalHome:
+    """Args:
+    state: the folder for what this machine's shards keep.
+    shard: a name that can be a folder's. Raises JournalError for one that cannot.
+    """
+
+    def __init__(self, state: Path, shard: str) -> None:
+        if shard in ("", ".", "..") or "/" in shard or "\0" in shard:
+            raise JournalError(f"--name {shard!r} cannot be the name of a folder under --state; choose another name")
+        self._root = state / shard
+
+    def open(self, order: ShardOrder) -> tuple[Serving, ShardJournal]:
+        """What is kept of the order's job, or a fresh state, and its journal; other jobs' are removed.
+
+        May take seconds: not for the loop's thread. Raises JournalError for whatever is in the way.
+        """
+        try:
+            remove_others(self._root, order.job)
+            folder = self._hold(order.job)
+            try:
+                return open_journal(folder, order)
+            except BaseException:
+                folder.close()
+                raise
+        except OSError as error:
+            raise JournalError(
+                f"{self._root / order.job}: cannot be used for the journal: {error.strerror or error}; "
+                "make room, mend its permissions, or start the shard with another --state"
+            ) from None
+
+    def _hold(self, job: str) -> OsFolder:
+        deadline = time.monotonic() + HELD_SECONDS
+        while True:
+            try:
+                return OsFolder(self._root / job)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise JournalError(
+                        f"{self._root / job}: another process holds this journal for more than {HELD_SECONDS:.0f} s; "
+                        "end it: two shards of one name cannot both go on"
+                    ) from None
+                time.sleep(LOOK_SECONDS)

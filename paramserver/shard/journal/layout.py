@@ -1,0 +1,149 @@
+"""A record as bytes, and how a reader tells a torn end from damage.
+
+    segment: "PSJ1" | number of the first record u64 | crc32 of these u32 | record ...
+    record:  "PSJr" | head bytes u32 | number u64 | durable u64 | frame bytes u32 | crc32 of head and frames u32
+             | crc32 of these u32 | head (msgpack of `records.AnyRecord`) | frames
+
+All numbers are little-endian. Records are numbered from 1 without a gap. `durable` is the last record that was as
+durable as the job asks for when this one was written: a reader that meets bytes which are no record cuts them off
+as a torn end only where no later record claims that they were durable. So a crash costs what was not acknowledged,
+and a damaged disk is told with the place where it is damaged.
+
+The checksum is zlib's CRC-32. At 4 GB/s here it costs a third of a copy into the page cache; CRC-32C has better
+hardware but no implementation in Python's library.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from paramserver.encoding.base import Bytes
+from paramserver.protocol.transport import Buffer
+from paramserver.shard.journal.records import AnyRecord
+
+_PREAMBLE = struct.Struct("<4sQI")
+_HEADER = struct.Struct("<4sIQQIII")
+_SEGMENT_MAGIC, _RECORD_MAGIC = b"PSJ1", b"PSJr"
+PREAMBLE_BYTES = _PREAMBLE.size
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyRecord] = msgspec.msgpack.Decoder(AnyRecord)
+
+
+class JournalError(Exception):
+    """A journal that cannot be used. The text says which file, what was found, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A record as it was read. `frames` (bytes,) is a read-only view of what was read."""
+
+    number: int
+    record: AnyRecord
+    frames: Bytes
+
+
+def preamble(first: int) -> bytes:
+    """The beginning of a segment whose first record has this number."""
+    start = _PREAMBLE.pack(_SEGMENT_MAGIC, first, 0)[:-4]
+    return start + zlib.crc32(start).to_bytes(4, "little")
+
+
+def encode_record(number: int, durable: int, record: AnyRecord, frames: Sequence[Bytes]) -> list[Buffer]:
+    """The buffers of a record: its head, and the frames themselves, not copied."""
+    head = _encoder.encode(record)
+    checksum, frame_bytes = zlib.crc32(head), 0
+    for frame in frames:
+        checksum = zlib.crc32(frame.data, checksum)
+        frame_bytes += frame.size
+    start = _HEADER.pack(_RECORD_MAGIC, len(head), number, durable, frame_bytes, checksum, 0)[:-4]
+    return [b"".join((start, zlib.crc32(start).to_bytes(4, "little"), head)), *(frame.data for frame in frames)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    number: int
+    durable: int
+    checksum: int
+    head_at: int
+    frames_at: int
+    end: int
+
+
+def _header(data: memoryview, at: int) -> _Header | None:
+    """The header that begins here, or None where there is none."""
+    if at + _HEADER.size > len(data):
+        return None
+    magic, head, number, durable, frames, checksum, own = _HEADER.unpack_from(data, at)
+    if magic != _RECORD_MAGIC or own != zlib.crc32(data[at : at + _HEADER.size - 4]):
+        return None
+    body = at + _HEADER.size
+    return _Header(number, durable, checksum, body, body + head, body + head + frames)
+
+
+def _is_whole(data: memoryview, header: _Header) -> bool:
+    return header.end <= len(data) and zlib.crc32(data[header.head_at : header.end]) == header.checksum
+
+
+class SegmentReader:
+    """The records of one segment.
+
+    Args:
+        name: of the file, for messages.
+        data: all of its bytes.
+        first: the number that its first record must have.
+
+    Iterating gives its entries; then `end` is where the last whole record ends, and what lies behind it is torn.
+    Raises JournalError for damage in the middle of what was durable.
+    """
+
+    @property
+    def is_torn(self) -> bool:
+        return self.end < len(self._data)
+
+    def __init__(self, name: str, data: bytes | memoryview, first: int) -> None:
+        self.name = name
+        self.end = 0
+        self._data = memoryview(data)
+        self._first = first
+
+    def __iter__(self) -> Iterator[Entry]:
+        number, data = self._first, self._data
+        if bytes(data[:PREAMBLE_BYTES]) != preamble(number):
+            self._must_be_torn(0, number)
+            return
+        self.end = PREAMBLE_BYTES
+        while self.end < len(data):
+            header = _header(data, self.end)
+            if header is None or header.number != number or not _is_whole(data, header):
+                self._must_be_torn(self.end, number)
+                return
+            try:
+                record = _decoder.decode(data[header.head_at : header.frames_at])
+            except msgspec.DecodeError as error:
+                raise JournalError(
+                    f"{self.name}: record {number} at byte {self.end} is whole but not readable by this release: "
+                    f"{error}; start the shard with the release that wrote it"
+                ) from None
+            yield Entry(number, record, np.frombuffer(data[header.frames_at : header.end], np.uint8))
+            self.end = header.end
+            number += 1
+
+    def _must_be_torn(self, at: int, number: int) -> None:
+        """Raise JournalError where a later record proves that the one at this place was durable once."""
+        data, place = bytes(self._data[at:]), 0
+        while (place := data.find(_RECORD_MAGIC, place)) >= 0:
+            later = _header(self._data, at + place)
+            if later is not None and later.durable >= number and _is_whole(self._data, later):
+                raise JournalError(
+                    f"{self.name}: damaged at byte {at}: record {number} is not readable, but record {later.number} "
+                    f"at byte {at + place} says that it was written whole; acknowledged updates are lost. Restore the "
+                    "file from a copy, or submit the job again"
+                )
+            place += 1
