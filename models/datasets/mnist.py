@@ -54,7 +54,7 @@ def _find() -> Path:
 def _read_arrays(path: Path, where: str) -> dict[str, npt.NDArray[np.generic]]:
     try:
         with path.open("rb") as file:  # numpy leaves a damaged one open
-            archive = np.load(file, allow_pickle=False)
+            archive = np.load(file)
             if not isinstance(archive, NpzFile):
                 raise ValueError("it is a single array")
             return {name: archive[name] for name in ARRAYS}
