@@ -8,10 +8,10 @@ from threading import Lock, Thread
 
 from paramserver.job import Job
 from paramserver.protocol.messages import ShardOrder
-from paramserver.shard.core import Serving, prepare
 from paramserver.shard.journal.home import JournalHome
 from paramserver.shard.journal.keeper import ShardJournal
 from paramserver.shard.journal.layout import JournalError
+from paramserver.shard.serving import Serving, prepare
 
 
 class Preparation:

@@ -31,10 +31,11 @@ from paramserver.protocol.messages import (
     Tick,
     Want,
 )
-from paramserver.shard.core import Reply, Serving, ShardCore
+from paramserver.shard.core import Reply, ShardCore
 from paramserver.shard.journal.keeper import ShardJournal, open_journal
 from paramserver.shard.journal.memory import CrashError, MemoryFolder
 from paramserver.shard.journal.replay import kept
+from paramserver.shard.serving import Serving
 
 LAYOUT: Layout = cut_layout([Parameter("a", (8, 9), "first"), Parameter("b", (5, 8), "second")])
 BLOCKS = range(len(LAYOUT.blocks))

@@ -19,9 +19,10 @@ from paramserver.protocol.messages import Heartbeat, Orders, Register, Registere
 from paramserver.protocol.transport import Listener, Received
 from paramserver.protocol.zeromq import ZeroMQTransport
 from paramserver.shard import server as server_module
-from paramserver.shard.core import ShardCore, prepare
+from paramserver.shard.core import ShardCore
 from paramserver.shard.preparation import Preparation
 from paramserver.shard.server import ShardServer
+from paramserver.shard.serving import prepare
 
 SPECIFICATION = json.dumps({"name": "job", "model": {"family": "recurrent"}})
 LAYOUT = cut_layout([Parameter("a", (8,), "first")])
@@ -109,7 +110,7 @@ def test_preparing_compiles_what_publishing_calls_and_no_encoder_of_pulls() -> N
     # A process of its own: in this one, other tests have compiled everything.
     script = """
 from paramserver.job import Job
-from paramserver.shard.core import prepare
+from paramserver.shard.serving import prepare
 from paramserver.encoding import kernels as family
 from paramserver.encoding.coded import kernels as coded
 from paramserver.encoding.tiled import kernels as tiled

@@ -172,9 +172,10 @@ def serve_shard(
     from paramserver.protocol.messages import Register, Registered, ShardOrder
     from paramserver.protocol.transport import Received
     from paramserver.protocol.zeromq import ZeroMQTransport
-    from paramserver.shard.core import ShardCore, prepare
+    from paramserver.shard.core import ShardCore
     from paramserver.shard.journal.home import JournalHome
     from paramserver.shard.server import ShardServer
+    from paramserver.shard.serving import prepare
 
     identify("shard", name)
     job = Job.model_validate_json(specification)

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 from paramserver.protocol.messages import ShardOrder
-from paramserver.shard.core import Serving
 from paramserver.shard.journal.keeper import ShardJournal, open_journal
 from paramserver.shard.journal.layout import JournalError
 from paramserver.shard.journal.storage import OsFolder, remove_others
+from paramserver.shard.serving import Serving
 
 HELD_SECONDS = 5.0  # how long a predecessor that is ending may still hold its folder
 LOOK_SECONDS = 0.1

@@ -16,7 +16,6 @@ from paramserver.encoding.base import Bytes
 from paramserver.job import Job
 from paramserver.process import log
 from paramserver.protocol.messages import ShardOrder
-from paramserver.shard.core import Serving
 from paramserver.shard.journal.layout import JournalError
 from paramserver.shard.journal.records import AnyRecord, TakenUp
 from paramserver.shard.journal.replay import kept, replay, restored
@@ -24,6 +23,7 @@ from paramserver.shard.journal.segments import LogReader, SegmentLog
 from paramserver.shard.journal.snapshot import SnapshotWriter, clean, load_newest
 from paramserver.shard.journal.states import Arrays
 from paramserver.shard.journal.storage import Folder
+from paramserver.shard.serving import Serving
 
 SNAPSHOT_RATIO = 8  # log bytes over those of a snapshot, when the next one is taken: it costs an eighth more writing
 SNAPSHOT_BYTES = 64 * 2**20  # and at least so many

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from msgspec import structs
 
 from paramserver.encoding.base import Bytes
-from paramserver.shard.core import Serving
 from paramserver.shard.journal.layout import Entry, JournalError
 from paramserver.shard.journal.records import (
     FirstValues,
@@ -20,6 +19,7 @@ from paramserver.shard.journal.records import (
     Ticked,
 )
 from paramserver.shard.journal.states import Arrays, State
+from paramserver.shard.serving import Serving
 from paramserver.shard.watermarks import Verdict
 
 
