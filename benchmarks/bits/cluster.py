@@ -198,7 +198,7 @@ class Cluster:
             while (received := listener.receive(0)) is not None:
                 assert isinstance(received, Received)  # nothing damages a message in memory
                 for reply in core.handle(received.peer, received.message, received.frames):
-                    listener.send(reply.peer, reply.message, reply.frames)
+                    listener.send(reply.peer, reply.message, [frame.data for frame in reply.frames])
 
 
 def _serving(core: ShardCore) -> Serving:

@@ -26,10 +26,10 @@ def with_references(settings: Sequence[Setting], workers: int) -> list[Setting]:
 
 
 def cells(
-    tasks: Sequence[str], settings: Sequence[Setting], workers: Sequence[int], seeds: int, steps: int | None
+    tasks: Sequence[str], settings: Sequence[Setting], workers: Sequence[int], seeds: Sequence[int], steps: int | None
 ) -> Iterator[Cell]:
     """Seed by seed, so that a sweep that is cut short has whole pairs."""
-    for seed in range(seeds):
+    for seed in seeds:
         for task in tasks:
             budget = TASKS[task]
             for count in workers:
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=["char-lm"])
     parser.add_argument("--workers", type=positive, nargs="+", default=[8])
-    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=positive, help="of all workers together (default: the task's)")
     parser.add_argument("--out", type=Path, help="append each cell as a line of JSON, and leave out what is there")
     parser.add_argument("--read", type=Path, nargs="+", help="run nothing; show what these files hold")

@@ -23,7 +23,7 @@ from benchmarks.bits.cluster import Cluster, VirtualWorker
 from benchmarks.bits.settings import Cell
 from models.task import Batch, Task
 from paramserver.cli.bench.crew import MeasurementError
-from paramserver.job import Job
+from paramserver.job import Job, lease_examples_of
 from worker.counters import Counters
 from worker.local_optimizer import LocalOptimizer, State
 from worker.stages import build_task
@@ -61,12 +61,12 @@ class Outcome:
     curve: tuple[float, ...]  # training loss in bits, mean of each tenth
 
 
-def leases(task: Task, batch: int, seed: int) -> Iterator[list[int]]:
-    """The leases of all epochs, without end: a seeded permutation of the examples, `batch` of them each."""
+def leases(task: Task, size: int, seed: int) -> Iterator[list[int]]:
+    """The leases of all epochs, without end: a seeded permutation of the examples, `size` of them each."""
     examples, epoch = task.examples("train"), 0
     while True:
         order = np.random.default_rng((seed, epoch)).permutation(examples).tolist()
-        yield from (order[start : start + batch] for start in range(0, examples, batch))
+        yield from (order[start : start + size] for start in range(0, examples, size))
         epoch += 1
 
 
@@ -81,7 +81,7 @@ def make_start(job: Job, seed: int, warm_up: int) -> Start:
     task = build_task(job, Counters())
     tensors = {parameter.name: parameter.tensor for parameter in task.parameters()}
     optimizer = LocalOptimizer(job.optimizer, task.parameters())
-    batches = batches_of(task, leases(task, job.data["batch"], seed + ORDER_OF_WARM_UP))
+    batches = batches_of(task, leases(task, lease_examples_of(job), seed + ORDER_OF_WARM_UP))
     for _ in range(warm_up):
         _, gradients = clipped_gradients(task, next(batches), job.optimizer.clip)
         with torch.no_grad():
@@ -114,9 +114,9 @@ def simulate(cell: Cell, start: Start) -> Outcome:
     residual = max(worker.exchange.residuals.norm() for worker in workers) / cluster.norm()
     cluster.drain()
     workers[0].exchange.pull(cell.steps, "weights")
-    weights_loss, metrics = _evaluate(start.task, workers[0], job.data["batch"])
+    weights_loss, metrics = _evaluate(start.task, workers[0], lease_examples_of(job))
     workers[0].exchange.pull(cell.steps)
-    replica_loss, _ = _evaluate(start.task, workers[0], job.data["batch"])
+    replica_loss, _ = _evaluate(start.task, workers[0], lease_examples_of(job))
     tenth = max(1, len(losses) // 10)
     bits = np.array(losses) / math.log(2)
     return Outcome(
@@ -141,7 +141,7 @@ def _local_optimizer(job: Job, start: Start) -> LocalOptimizer | None:
 
 def _train(cell: Cell, job: Job, start: Start, cluster: Cluster, workers: list[VirtualWorker]) -> list[float]:
     """The loss of each step, in nats."""
-    source = leases(start.task, job.data["batch"], cell.seed)
+    source = leases(start.task, lease_examples_of(job), cell.seed)
     batches = [batches_of(start.task, source) for _ in workers]
     turns, order = np.random.default_rng(cell.seed), list[int]()
     losses: list[float] = []
@@ -158,12 +158,12 @@ def _train(cell: Cell, job: Job, start: Start, cluster: Cluster, workers: list[V
     return losses
 
 
-def _evaluate(task: Task, worker: VirtualWorker, batch: int) -> tuple[float, dict[str, float]]:
+def _evaluate(task: Task, worker: VirtualWorker, lease: int) -> tuple[float, dict[str, float]]:
     """Bits a symbol and mean metrics of the whole validation split at what the worker holds."""
     worker.load(task)
     loss_sum, elements, sums, examples = 0.0, 0, dict[str, float](), task.examples("valid")
-    for first in range(0, examples, batch):
-        for one in task.batches("valid", range(first, min(first + batch, examples))):
+    for first in range(0, examples, lease):
+        for one in task.batches("valid", range(first, min(first + lease, examples))):
             evaluation = task.evaluate(one)
             loss_sum += evaluation.loss_sum
             elements += evaluation.elements
