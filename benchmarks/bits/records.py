@@ -39,6 +39,7 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
 
 
 def _record(facts: dict[str, Any]) -> Record:
-    outcome = Outcome(**{**facts.pop("outcome"), "curve": ()})
+    found = facts.pop("outcome")
+    outcome = Outcome(**(found | {"curve": tuple(found["curve"])}))
     setting: Setting = parse_setting(facts.pop("setting"))
     return Record(Cell(setting=setting, **facts), outcome)

@@ -1,0 +1,94 @@
+"""The comparison of encodings: what its figures rest on."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.bits.forgetful import ForgetfulDeltas
+from benchmarks.bits.records import Record, read_records
+from benchmarks.bits.settings import Cell, parse_setting
+from benchmarks.bits.simulation import Start, make_start, simulate
+from benchmarks.bits.statistics import paired_gap
+from paramserver.cli.errors import InputError
+from paramserver.encoding import make_encoding
+from paramserver.job import OptimizerSettings, PullSettings
+from paramserver.protocol.layout import Block
+from paramserver.shard.block import HeldBlock
+from paramserver.shard.optimizers import make_optimizer
+from paramserver.shard.publishing import PublishedDeltas
+
+STEPS = 6
+
+
+def cell(setting: str, workers: int = 2) -> Cell:
+    return Cell("char-lm", parse_setting(setting), workers, seed=3, steps=STEPS, warm_up=2)
+
+
+@pytest.fixture(scope="module")
+def start() -> Start:
+    one = cell("fp32/fp32")
+    return make_start(one.job(), one.seed, one.warm_up)
+
+
+def test_a_gap_is_the_mean_of_pairs_with_students_interval() -> None:
+    gap = paired_gap([1.01, 2.04, 4.12], [1.0, 2.0, 4.0])
+    assert gap.mean == pytest.approx(2.0)
+    assert gap.half_width == pytest.approx(4.303 / 3**0.5)  # the gaps 1, 2, 3 have standard deviation 1
+    assert paired_gap([1.01], [1.0]).half_width is None
+
+
+def test_a_setting_says_both_ways_and_what_differs() -> None:
+    setting = parse_setting("sign/{encoding: ternary, tile: 128}+worker+forgetful")
+    assert setting.ways.pull == {"encoding": "ternary", "tile": 128}
+    assert (setting.where, setting.is_forgetful) == ("worker", True)
+    with pytest.raises(InputError, match="'wroker'"):
+        parse_setting("sign/ternary+wroker")
+
+
+def test_the_same_cell_gives_the_same_outcome(start: Start) -> None:
+    assert simulate(cell("int4/ternary"), start) == simulate(cell("int4/ternary"), start)
+
+
+def test_full_precision_with_two_workers_is_fresh_whichever_way_it_is_pulled(start: Start) -> None:
+    fresh = simulate(cell("fp32/fp32"), start)
+    published = simulate(cell("fp32/{encoding: fp32, fresh: false}"), start)
+    assert published.weights_loss == published.replica_loss == fresh.weights_loss
+    assert (fresh.push_bits, fresh.pull_bits, fresh.residual) == (32, 32, 0)
+
+
+def test_bits_are_those_of_an_encoded_element_and_step(start: Start) -> None:
+    outcome = simulate(cell("int4/fp32+worker"), start)
+    assert outcome.push_bits == pytest.approx(4.25, rel=1e-3)
+    assert (outcome.full_push_bits, outcome.pull_bits) == (32, 32)
+    assert outcome.pushed_bytes < outcome.pulled_bytes / 7
+
+
+def test_an_outcome_is_read_as_it_was_written(start: Start, tmp_path) -> None:
+    record = Record(cell("sign/ternary+worker"), simulate(cell("sign/ternary+worker"), start))
+    path = tmp_path / "results.jsonl"
+    path.write_text(record.line() + "\n", encoding="utf-8")
+    assert read_records([path]) == [record]
+    path.write_text(json.dumps({"setting": "int4/ternary"}) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"results\.jsonl"):
+        read_records([path])
+
+
+@pytest.mark.parametrize("kind", [PublishedDeltas, ForgetfulDeltas])
+def test_only_forgetful_publishing_drifts(kind: type[PublishedDeltas]) -> None:
+    elements, rounds = 2048, 200
+    block = HeldBlock(
+        Block(index=0, parameter="w", start=0, elements=elements, group="g"), make_optimizer(OptimizerSettings())
+    )
+    generator = np.random.default_rng(0)
+    block.initialise(generator.normal(size=elements).astype(np.float32).view(np.uint8))
+    publishing = kind({0: make_encoding("ternary")}, PullSettings(publish_every=1, still=0))
+    publishing.begin(block)
+    for _ in range(rounds):
+        block.weights += generator.normal(scale=0.01, size=elements).astype(np.float32)
+        block.version += 1
+        publishing.applied(block, None)
+    lag = float(np.linalg.norm(block.weights - publishing.replica(0).values)) / (0.01 * elements**0.5)
+    assert (lag > 5) if kind is ForgetfulDeltas else (lag < 3)  # in movements of one round
