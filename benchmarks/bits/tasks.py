@@ -54,8 +54,8 @@ TASKS: dict[str, Budget] = {
     "mlp": Budget(
         model={"family": "mlp", "args": {"hidden": [128]}},
         data={"name": "mnist", "batch": 64},
-        lr=0.03,
-        warm_up=200,
+        lr=0.02,
+        warm_up=600,
         steps=1000,
     ),
 }
