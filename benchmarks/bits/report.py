@@ -13,9 +13,11 @@ from benchmarks.bits.statistics import Gap, paired_gap
 from benchmarks.report import show
 
 COLUMNS = (
-    "task", "N", "push / pull", "train", "train gap", "valid gap", "replica gap", "train, fresh", "valid, fresh",
-    "bits up", "bits down", "fewer bytes",
+    "task", "N", "push / pull", "train", "weights", "replica", "train, fresh", "weights, fresh", "bits up", "down",
+    "fewer", "n",
 )  # fmt: skip
+EQUAL = ("train_loss", "weights_loss", "replica_loss")
+FRESHER = ("train_loss", "weights_loss")
 
 
 class Row(NamedTuple):
@@ -72,19 +74,12 @@ def _mean(rows: Rows, row: Row, name: str) -> float:
 def _table_row(rows: Rows, row: Row) -> list[str]:
     setting = next(iter(rows[row].values())).cell.setting
     fresh, same_period = references(setting.where, row.workers)
-    gaps = [
-        gap(rows, row, reference, name)
-        for reference, name in (
-            (same_period, "train_loss"), (same_period, "weights_loss"), (same_period, "replica_loss"),
-            (fresh, "train_loss"), (fresh, "weights_loss"),
-        )
-    ]  # fmt: skip
+    gaps = [gap(rows, row, same_period, name) for name in EQUAL] + [gap(rows, row, fresh, name) for name in FRESHER]
     fewer = fewer_bytes(rows, row)
     return [
-        row.task, str(row.workers), setting.label, f"{_mean(rows, row, 'train_loss'):.4f}",
-        *("-" if one is None else str(one) for one in gaps),
+        row.task, str(row.workers), setting.label, *("-" if one is None else str(one) for one in gaps),
         f"{_mean(rows, row, 'push_bits'):.2f}", f"{_mean(rows, row, 'pull_bits'):.2f}",
-        "-" if fewer is None else f"{fewer:.1f}x",
+        "-" if fewer is None else f"{fewer:.1f}x", str(len(rows[row])),
     ]  # fmt: skip
 
 
@@ -93,7 +88,7 @@ def show_records(records: Sequence[Record]) -> None:
     rows = grouped(records)
     ordered = sorted(rows, key=lambda row: (row.task, row.workers))  # stable: settings in their order
     show(
-        "bits a symbol, and bits an encoded element and worker step; gaps are to fp32 at the same period, then fresh",
+        "gaps of loss to fp32 at the same period, then with fresh weights; bits are those of an encoded element and step",
         COLUMNS,
         [_table_row(rows, row) for row in ordered],
         {
