@@ -10,19 +10,13 @@ from pathlib import Path
 from benchmarks.bits import confirmation
 from benchmarks.bits.records import Key, Record, read_records
 from benchmarks.bits.report import show_records
-from benchmarks.bits.settings import Cell, Setting, parse_setting, references
+from benchmarks.bits.settings import Cell, Setting, parse_setting, with_references
 from benchmarks.bits.simulation import Start, make_start, simulate
 from benchmarks.bits.tasks import TASKS
 from benchmarks.options import positive
 from paramserver.cli.bench.crew import MeasurementError
 
 DEFAULT = ("int4/ternary", "int4/coded", "adaptive/coded", "ternary/ternary+worker", "sign/ternary+worker")
-
-
-def with_references(settings: Sequence[Setting], workers: int) -> list[Setting]:
-    """The settings, each once, behind what they are compared with."""
-    wanted = {text: parse_setting(text) for one in settings for text in references(one.where, workers)}
-    return list((wanted | {one.text: one for one in settings}).values())
 
 
 def cells(

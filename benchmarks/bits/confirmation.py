@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.bits.settings import Cell, Setting, references
+from benchmarks.bits.settings import Cell, Setting, references, with_references
 from benchmarks.bits.tasks import TASKS
 from benchmarks.report import show
 from paramserver.cli.bench.crew import MeasurementError
@@ -47,7 +47,7 @@ def run(
     for task in tasks:
         for count in workers:
             results: dict[str, dict[str, Any]] = {}
-            for setting in settings:
+            for setting in with_references(settings, count):
                 cell = Cell(task, setting, count, 0, steps or 2 * TASKS[task].steps, 0)
                 results[setting.text] = run_job(cell)
                 fact = {"task": task, "workers": count, "setting": setting.text, "result": results[setting.text]}

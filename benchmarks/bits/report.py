@@ -88,7 +88,7 @@ def show_records(records: Sequence[Record]) -> None:
     rows = grouped(records)
     ordered = sorted(rows, key=lambda row: (row.task, row.workers))  # stable: settings in their order
     show(
-        "gaps of loss to fp32 at the same period, then with fresh weights; bits are those of an encoded element and step",
+        "gaps of loss to fp32 at the same period, then with fresh weights; bits of an encoded element and worker step",
         COLUMNS,
         [_table_row(rows, row) for row in ordered],
         {

@@ -6,6 +6,7 @@ Written PUSH/PULL with what differs from the usual behind it: "int4/ternary", "s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,12 @@ def references(where: str, workers: int) -> tuple[str, str]:
     """
     suffix = f"+{WORKER}" if where == WORKER else ""
     return FRESH + suffix, (SAME_PERIOD if workers > 2 else FRESH) + suffix
+
+
+def with_references(settings: Sequence[Setting], workers: int) -> list[Setting]:
+    """The settings, each once, behind what they are compared with."""
+    wanted = {text: parse_setting(text) for one in settings for text in references(one.where, workers)}
+    return list((wanted | {one.text: one for one in settings}).values())
 
 
 @dataclass(frozen=True)
