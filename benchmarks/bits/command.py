@@ -20,14 +20,19 @@ DEFAULT = ("int4/ternary", "int4/coded", "adaptive/coded", "ternary/ternary+work
 
 
 def cells(
-    tasks: Sequence[str], settings: Sequence[Setting], workers: Sequence[int], seeds: Sequence[int], steps: int | None
+    tasks: Sequence[str],
+    settings: Sequence[Setting],
+    workers: Sequence[int],
+    seeds: Sequence[int],
+    steps: int | None,
+    is_alone: bool = False,
 ) -> Iterator[Cell]:
     """Seed by seed, so that a sweep that is cut short has whole pairs."""
     for seed in seeds:
         for task in tasks:
             budget = TASKS[task]
             for count in workers:
-                for setting in with_references(settings, count):
+                for setting in settings if is_alone else with_references(settings, count):
                     yield Cell(task, setting, count, seed, steps or budget.steps, budget.warm_up)
 
 
@@ -67,6 +72,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--workers", type=positive, nargs="+", default=[8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=positive, help="of all workers together (default: the task's)")
+    parser.add_argument("--alone", action="store_true", help="run no references but those that are listed")
     parser.add_argument("--out", type=Path, help="append each cell as a line of JSON, and leave out what is there")
     parser.add_argument("--read", type=Path, nargs="+", help="run nothing; show what these files hold")
     parser.add_argument("--confirm", action="store_true", help="run the settings once each as jobs of real processes")
@@ -79,4 +85,5 @@ def main(arguments: Sequence[str]) -> None:
     if given.confirm:
         confirmation.run(given.tasks, settings, given.workers, given.steps, given.out)
         return
-    show_records(run(list(cells(given.tasks, settings, given.workers, given.seeds, given.steps)), given.out))
+    wanted = list(cells(given.tasks, settings, given.workers, given.seeds, given.steps, given.alone))
+    show_records(run(wanted, given.out))
