@@ -13,10 +13,10 @@ from benchmarks.bits.statistics import Gap, paired_gap
 from benchmarks.report import show
 
 COLUMNS = (
-    "task", "N", "push / pull", "train", "weights", "replica", "train, fresh", "weights, fresh", "bits up", "down",
-    "fewer", "n",
+    "task", "N", "push / pull", "train", "unflushed", "weights", "replica", "train, fresh", "weights, fresh",
+    "bits up", "down", "fewer", "n",
 )  # fmt: skip
-EQUAL = ("train_loss", "weights_loss", "replica_loss")
+EQUAL = ("train_loss", "unflushed_loss", "weights_loss", "replica_loss")
 FRESHER = ("train_loss", "weights_loss")
 
 

@@ -46,7 +46,8 @@ class Outcome:
     """What a cell reached. Losses are bits a symbol; bits are those of an element and worker step."""
 
     train_loss: float  # mean over the second half: the same batches in every cell
-    weights_loss: float  # validation, at the end: residuals flushed, all published
+    unflushed_loss: float  # validation, of the weights while the workers still hold their residuals
+    weights_loss: float  # at the end: residuals flushed, all published
     replica_loss: float
     metrics: dict[str, float]  # validation means of the weights, as the task has them
     push_bits: float  # of encoded blocks; of all where none is encoded
@@ -112,6 +113,8 @@ def simulate(cell: Cell, start: Start) -> Outcome:
     losses = _train(cell, job, start, cluster, workers)
     traffic = cluster.traffic()
     residual = max(worker.exchange.residuals.norm() for worker in workers) / cluster.norm()
+    workers[0].exchange.pull(cell.steps, "weights")
+    unflushed_loss, _ = _evaluate(start.task, workers[0], lease_examples_of(job))
     cluster.drain()
     workers[0].exchange.pull(cell.steps, "weights")
     weights_loss, metrics = _evaluate(start.task, workers[0], lease_examples_of(job))
@@ -121,6 +124,7 @@ def simulate(cell: Cell, start: Start) -> Outcome:
     bits = np.array(losses) / math.log(2)
     return Outcome(
         train_loss=float(bits[len(bits) // 2 :].mean()),
+        unflushed_loss=unflushed_loss,
         weights_loss=weights_loss,
         replica_loss=replica_loss,
         metrics=metrics,
