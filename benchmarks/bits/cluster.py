@@ -116,8 +116,15 @@ class Cluster:
             self._placement.append(ShardAddress(name, listener.address, blocks))
         self._make_exchange("initial").exchange.initialise()
 
-    def take_over(self, state: State) -> None:
-        """Give the shards Adagrad's sums of squares, where the optimiser runs there."""
+    def take_over(self, state: State, updates: int) -> None:
+        """Go on from a plain process of so many updates: the blocks count them, for `adaptive` sends a young model's
+        updates finely, and the shards get Adagrad's sums of squares, where the optimiser runs there.
+        """
+        for core, _ in self._shards:
+            for block in _serving(core).blocks.values():
+                block.version = updates
+                _serving(core).publishing.forget(block.index)
+                _serving(core).publishing.begin(block)  # its first edition is of this version
         if self._job.optimizer.where == "worker":
             return
         for block in self._blocks():
@@ -183,7 +190,9 @@ class Cluster:
             Identity(self._job.name, name, 1, self.layout.fingerprint),
             1,
             replica,
-            Codec(push.encodings(self.layout), push.deadline_seconds, push.error),
+            Codec(
+                push.encodings(self.layout), push.deadline_seconds, push.error, push.error_limit, push.settling_updates
+            ),
             counters,
             clock=lambda: self._network.now,
         )

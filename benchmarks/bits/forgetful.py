@@ -19,7 +19,7 @@ class ForgetfulDeltas(PublishedDeltas):
             self._before[block.index] = block.weights.copy()
         super().begin(block)
 
-    def _publish(self, block: HeldBlock, replica: PublishedBlock) -> None:
+    def _publish(self, block: HeldBlock, replica: PublishedBlock, is_last: bool = False) -> None:
         encoding, before = self._encodings[block.index], self._before[block.index]
         assert not isinstance(encoding, Coded)  # its step is chosen from what the replica lacks
         frame = np.empty(encoding.frame_bytes(block.elements), np.uint8)

@@ -106,7 +106,7 @@ def simulate(cell: Cell, start: Start) -> Outcome:
     torch.set_num_threads(1)
     job = cell.job()
     cluster = Cluster(job, start.task.parameters(), start.weights, cell.setting.is_forgetful)
-    cluster.take_over(start.optimizer)
+    cluster.take_over(start.optimizer, cell.warm_up)
     workers = [cluster.connect(f"worker-{number}") for number in range(cell.workers)]
     for worker in workers:
         worker.optimizer = _local_optimizer(job, start)
