@@ -24,7 +24,8 @@ def cells(
     settings: Sequence[Setting],
     workers: Sequence[int],
     seeds: Sequence[int],
-    steps: int | None,
+    steps: int | None = None,
+    warm_up: int | None = None,
     is_alone: bool = False,
 ) -> Iterator[Cell]:
     """Seed by seed, so that a sweep that is cut short has whole pairs."""
@@ -33,7 +34,8 @@ def cells(
             budget = TASKS[task]
             for count in workers:
                 for setting in settings if is_alone else with_references(settings, count):
-                    yield Cell(task, setting, count, seed, steps or budget.steps, budget.warm_up)
+                    before = budget.warm_up if warm_up is None else warm_up
+                    yield Cell(task, setting, count, seed, steps or budget.steps, before)
 
 
 def run(wanted: Sequence[Cell], out: Path | None) -> list[Record]:
@@ -72,6 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--workers", type=positive, nargs="+", default=[8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=positive, help="of all workers together (default: the task's)")
+    parser.add_argument("--warm-up", type=int, help="steps of one process before (default: the task's)")
     parser.add_argument("--alone", action="store_true", help="run no references but those that are listed")
     parser.add_argument("--out", type=Path, help="append each cell as a line of JSON, and leave out what is there")
     parser.add_argument("--read", type=Path, nargs="+", help="run nothing; show what these files hold")
@@ -85,5 +88,5 @@ def main(arguments: Sequence[str]) -> None:
     if given.confirm:
         confirmation.run(given.tasks, settings, given.workers, given.steps, given.out)
         return
-    wanted = list(cells(given.tasks, settings, given.workers, given.seeds, given.steps, given.alone))
+    wanted = list(cells(given.tasks, settings, given.workers, given.seeds, given.steps, given.warm_up, given.alone))
     show_records(run(wanted, given.out))
