@@ -20,7 +20,8 @@ from paramserver.protocol.memory import MemoryListener, MemoryNetwork
 from paramserver.protocol.messages import ShardAddress, ShardOrder
 from paramserver.protocol.transport import Received
 from paramserver.shard.block import HeldBlock
-from paramserver.shard.core import Serving, ShardCore
+from paramserver.shard.core import ShardCore
+from paramserver.shard.serving import Serving
 from worker.client import Identity
 from worker.counters import Counters
 from worker.exchange import Codec, Exchange
