@@ -302,6 +302,18 @@ def test_a_worker_too_far_behind_gets_a_snapshot_of_the_published_value(encoding
     assert not np.array_equal(cluster.values["w0"], cluster.weights), "the value, never the weights"
 
 
+@pytest.mark.parametrize("encoding", ["ternary", "sign", "coded"])
+def test_a_worker_4x_slower_than_seven_others_stays_out_of_snapshot_mode(encoding: str) -> None:
+    cluster = Cluster(encoding, workers=8)
+    slow, *fast = cluster.names
+    for worker in cluster.names:
+        assert cluster.pull(worker) == "snapshot"
+    for turn in range(48):
+        for worker in fast if turn % 4 else cluster.names:
+            cluster.push(worker, seed=turn)
+            assert cluster.pull(worker) != "snapshot"
+
+
 def test_the_log_holds_at_most_one_snapshots_bytes() -> None:
     cluster = Cluster("sign", workers=1, publish_every=1)
     for turn in range(100):
