@@ -39,7 +39,7 @@ from benchmarks.network import (
     in_namespace,
     plain_streams,
 )
-from benchmarks.options import make_parser, rounds_of, seconds_of
+from benchmarks.options import make_parser, positive, rounds_of, seconds_of
 from benchmarks.report import median, show, spread
 from paramserver.cli.bench.choices import Ways, parse_pair, parse_sizes, short_size, synthetic_job
 from paramserver.cli.bench.crew import QUIET, Crew, Line
@@ -81,6 +81,10 @@ class Steps:
 
     gradients: str = "uneven"
     computing_seconds: float = 0.0  # paused before each exchange
+    slowed: float = 1.0  # times as long by the first worker
+
+    def pause_seconds(self, worker: int) -> float:
+        return self.computing_seconds * (self.slowed if worker == 0 else 1.0)
 
 
 def ours(links: Links, parameters: int, shards: int, ways: Ways, seconds: float, steps: Steps) -> Rate:
@@ -144,8 +148,10 @@ def _worker(
             ]
         )
 
+        pause_seconds = steps.pause_seconds(number)
+
         def step() -> None:
-            time.sleep(steps.computing_seconds)
+            time.sleep(pause_seconds)
             attached.push(next(prepared))
 
         watch = Link(megabits, attached.counters)
@@ -172,7 +178,7 @@ def prepare_gradients(kind: str, number: int, shapes: Shapes) -> list[dict[str, 
 # ------------------------------------------------------------------------------------- DDP
 
 
-def ddp(links: Links, parameters: int, seconds: float, computing_seconds: float) -> Rate:
+def ddp(links: Links, parameters: int, seconds: float, steps: Steps) -> Rate:
     """torch DistributedDataParallel over gloo, a rank in each end, fp32, SGD with momentum."""
     with Crew(QUIET) as crew:
         ranks = [
@@ -185,7 +191,7 @@ def ddp(links: Links, parameters: int, seconds: float, computing_seconds: float)
                 len(links.ends),
                 shapes_of(parameters),
                 links.megabits,
-                computing_seconds,
+                steps.pause_seconds(n),
             )
             for n, end in enumerate(links.ends)
         ]
@@ -244,6 +250,8 @@ def run(
     shards: int,
     kinds: Sequence[str] = tuple(SPREAD_DECADES),
     computing_seconds: float = 0.0,
+    workers: int = WORKERS,
+    slowed: float = 1.0,
 ) -> None:
     """Print the table, by rate of the link in megabits a second; `kinds` of gradients."""
     started = time.monotonic()
@@ -253,23 +261,23 @@ def run(
     for ways in wanted:
         synthetic_job(ways, MOMENTUM)  # a pair that no job may have is told before anything is measured
     for megabits in rates:
-        with closing(Links(WORKERS, megabits)) as links:
+        with closing(Links(workers, megabits)) as links:
             plain = plain_streams(links, seconds / 3)
             launches: dict[str, Callable[[], Rate]] = {
                 label: lambda ways=ways, kind=kind: ours(  # type: ignore[misc]
-                    links, parameters, shards, ways, seconds, Steps(kind, computing_seconds)
+                    links, parameters, shards, ways, seconds, Steps(kind, computing_seconds, slowed)
                 )
                 for ways in wanted
                 for kind, label in _labels(ways, kinds)
             }
-            launches[DDP] = lambda: ddp(links, parameters, seconds, computing_seconds)
+            launches[DDP] = lambda: ddp(links, parameters, seconds, Steps(kinds[0], computing_seconds, slowed))
             found: dict[str, list[Rate]] = {name: [] for name in launches}
             for _ in range(rounds):
                 for name, launch in launches.items():
                     found[name].append(launch())
         up, down = plain
         rows.append([f"{megabits}", "a TCP stream", "-", "-", f"{_percent(up / megabits)} {_percent(down / megabits)}",
-                     "-", "-", "-", "-"])  # fmt: skip
+                     "-", "-", "-", "-", "-"])  # fmt: skip
         for name, ones in found.items():
             one = _summary(ones, megabits)
             steps = [each.cycles_per_second for each in ones]
@@ -278,15 +286,16 @@ def run(
             facts.append({"megabits": megabits, "who": name, "steps_per_second": steps, "over_ddp": ratio, **one})
         facts.append({"megabits": megabits, "who": "a TCP stream", "up_megabits": up, "down_megabits": down})
     show(
-        f"{short_size(parameters)} parameters, {WORKERS} workers or ranks, {shards} shards beyond the links"
-        f"{f', each step with a pause of {computing_seconds:g} s' if computing_seconds else ''}; "
-        "steps a second of both together.\n"
+        f"{short_size(parameters)} parameters, {workers} workers or ranks, {shards} shards beyond the links"
+        f"{f', each step with a pause of {computing_seconds:g} s' if computing_seconds else ''}"
+        f"{f', {slowed:g} times as long in the first one' if slowed != 1 else ''}; steps a second of all together.\n"
         "used: of the link, headers and all. busy: both ways/up alone/down alone/neither, in % of the time. "
-        "/ payload: messages over what they carry",
-        ["Mbit/s", "who", "steps/s", "x DDP", "used: up down", "busy %", "bits up down", "/ payload", "resent"],
+        "/ payload: messages over what they carry. snapshots: sent instead of deltas in the timed part",
+        ["Mbit/s", "who", "steps/s", "x DDP", "used: up down", "busy %", "bits up down", "/ payload", "resent",
+         "snapshots"],
         rows,
         {"benchmark": "link", "parameters": parameters, "shards": shards, "rounds": rounds, "results": facts,
-         "computing_seconds": computing_seconds, "spread_decades": SPREAD_DECADES,
+         "computing_seconds": computing_seconds, "workers": workers, "slowed": slowed, "spread_decades": SPREAD_DECADES,
          "congestion_control": congestion_control(), "seconds": time.monotonic() - started},
     )  # fmt: skip
 
@@ -322,6 +331,7 @@ def _summary(ones: Sequence[Rate], megabits: int) -> dict[str, Any]:
             found[f"{way}_bits_an_element"] = 8 * payload / total(shards, f"{way}_elements")
             found[f"{way}_message_bytes_over_payload"] = total(clients, f"{way}_bytes") / payload
         found["resent_messages"] = total(clients, "retries")
+        found["snapshots"] = total(shards, "pull_snapshots")
     return found
 
 
@@ -329,10 +339,10 @@ def _written(one: Mapping[str, Any]) -> list[str]:
     used = f"{_percent(one['up_used'])} {_percent(one['down_used'])}"
     busy = "/".join(f"{100 * one['busy'][way]:.0f}" for way in ("both", "up", "down", "idle"))
     if "push_bits_an_element" not in one:
-        return [used, busy, "32.00", "-", "-"]
+        return [used, busy, "32.00", "-", "-", "-"]
     over = [f"{one[f'{way}_message_bytes_over_payload']:.3f}" for way in ("push", "pull")]
     bits = [f"{one[f'{way}_bits_an_element']:.2f}" for way in ("push", "pull")]
-    return [used, busy, " ".join(bits), " ".join(over), f"{one['resent_messages']:.0f}"]
+    return [used, busy, " ".join(bits), " ".join(over), f"{one['resent_messages']:.0f}", f"{one['snapshots']:.0f}"]
 
 
 def _percent(share: float) -> str:
@@ -352,6 +362,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--computing", type=float, default=0.0, metavar="SECONDS", help="a pause before each exchange (default none)"
     )
+    parser.add_argument("--workers", type=positive, default=WORKERS, help="as many links (default %(default)s)")
+    parser.add_argument(
+        "--slowed", type=float, default=1.0, metavar="TIMES", help="pauses of the first worker, over the others'"
+    )
     given = parser.parse_args(arguments)
     run(
         parse_sizes(given.rates, "--rates"),
@@ -362,4 +376,6 @@ def main(arguments: Sequence[str]) -> None:
         parse_sizes(given.shards, "--shards")[0],
         given.gradients,
         given.computing,
+        given.workers,
+        given.slowed,
     )

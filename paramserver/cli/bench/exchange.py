@@ -46,7 +46,9 @@ COUNTED = (
     "push_payload_bytes",
     "push_elements",
     "pull_payload_bytes",
+    "pull_snapshots",
     "pull_elements",
+    "pull_snapshots",
 )
 PEAK = "megabytes_above_imports"
 
@@ -219,6 +221,7 @@ def _figures(report: ShardReport, imported_megabytes: float) -> dict[str, float]
         own = [row for row in report.traffic if row.way == way]
         counted[f"{way}_payload_bytes"] = float(sum(row.payload_bytes for row in own))
         counted[f"{way}_elements"] = float(sum(row.elements for row in own))
+    counted["pull_snapshots"] = float(sum(row.snapshots for row in report.traffic))
     return {**counted, PEAK: _peak_megabytes() - imported_megabytes}
 
 
