@@ -22,6 +22,7 @@ from paramserver.protocol.layout import Layout
 
 LOW_BITS = 2  # from here down an adaptive optimiser sees mostly what rounding did
 FRESH_ENCODINGS = frozenset({"fp32", "bf16"})  # others lose too much without error feedback
+MOST_COUNT = 2**40  # of steps, updates and epochs: products of them stay inside float64 and 64 bits
 MAX_FILE_BYTES = 2**20  # as over HTTP; also the end of what has none, such as a device
 
 
@@ -47,7 +48,7 @@ class Cluster(_Section):
 
 class Consistency(_Section):
     mode: Literal["async", "bounded", "sync"] = "async"
-    slack: Annotated[int, Field(ge=0)] | None = None  # bounded: worker steps ahead of the slowest
+    slack: Annotated[int, Field(ge=0, le=MOST_COUNT)] | None = None  # bounded: worker steps ahead of the slowest
     quorum: Annotated[int, Field(ge=1)] | None = None  # sync: pushes a round; absent: all workers
     damping: Literal["none", "inverse", "sqrt"] = "none"  # lr by staleness s: 1, 1/(1+s), 1/sqrt(1+s)
 
@@ -127,7 +128,9 @@ class PushSettings(_Encoded):
     rounding: Literal["nearest", "stochastic"] = "nearest"
     error: Annotated[float, Field(gt=0, lt=1)] = 0.6  # adaptive: root of the share of the squares that may stay behind
     error_limit: Annotated[float, Field(gt=0, lt=1)] = 0.8  # adaptive: the same where the wire is what a step waits for
-    settling_updates: Annotated[int, Field(ge=0, le=2**40)] = 100  # adaptive: of the model, over which both grow so far
+    settling_updates: Annotated[int, Field(ge=0, le=MOST_COUNT)] = (
+        100  # adaptive: of the model, over which both grow so far
+    )
     overlap: Literal["auto"] | bool = "auto"  # compute the next batch meanwhile; auto: only where an exchange is slow
     deadline_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 5.0  # then the same bytes are sent again
 
@@ -150,7 +153,7 @@ class PullSettings(_Encoded):
 
     encoding: str = "ternary"  # of published deltas, or of fresh weights: fp32 or bf16
     fresh: bool | None = None  # true: the weights as they are now; absent: true with fp32 and bf16
-    publish_every: Annotated[int, Field(ge=1)] | None = (
+    publish_every: Annotated[int, Field(ge=1, le=MOST_COUNT)] | None = (
         None  # updates of a block; absent: half the active pushers, up to all where pulls are slow
     )
     publish_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 0.5  # the longest that an update stays unpublished
@@ -217,8 +220,10 @@ class Routing(_Section):
 
 
 class Stop(_Section):
-    epochs: Annotated[int, Field(ge=1, le=2**40)] = 1
-    steps: Annotated[int, Field(ge=1)] | None = None  # of all workers together: ends earlier than the epochs
+    epochs: Annotated[int, Field(ge=1, le=MOST_COUNT)] = 1
+    steps: Annotated[int, Field(ge=1, le=MOST_COUNT)] | None = (
+        None  # of all workers together: ends earlier than the epochs
+    )
 
 
 class Job(_Section):
