@@ -187,6 +187,9 @@ class Allowlist:
 
 def _read(path: Path) -> bytes:
     try:
+        if path.is_fifo():
+            # Whoever opens a pipe waits for its other end, and with it everybody who wants to be let in.
+            raise KeysError(f"{path}: not a file but a pipe; remove it, and put a file there")
         with path.open("rb") as file:
             return file.read(MAX_FILE_BYTES)
     except OSError as error:

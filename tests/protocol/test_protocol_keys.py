@@ -138,6 +138,21 @@ def test_a_file_that_is_no_key_lets_nobody_in_and_nobody_out(folder: Path, capsy
     assert capsys.readouterr().err.count("key-ignored") == 1
 
 
+def test_a_pipe_among_the_keys_is_refused_and_never_waited_for(folder: Path) -> None:
+    allowed = Allowlist(folder, "own")
+    key = read_public(folder / "worker-0.key")
+    os.mkfifo(folder / "pipe.key")
+    # The other end: without it a fault would be a test that never ends.
+    descriptor = os.open(folder / "pipe.key", os.O_RDWR | os.O_NONBLOCK)
+    try:
+        os.write(descriptor, (folder / "worker-0.key").read_bytes().ljust(keys_module.MAX_FILE_BYTES))
+        with pytest.raises(KeysError, match="not a file but a pipe"):
+            read_public(folder / "pipe.key")
+        assert allowed.lets_in(key)
+    finally:
+        os.close(descriptor)
+
+
 def test_a_folder_that_vanishes_leaves_the_list_as_it_was(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     allowed = Allowlist(folder, "own")
     key = read_public(folder / "worker-0.key")
