@@ -86,6 +86,11 @@ def main(arguments: Sequence[str]) -> None:
         return
     settings = [parse_setting(text) for text in given.settings or DEFAULT]
     if given.confirm:
+        if given.alone or given.warm_up is not None or given.seeds != [0, 1, 2]:
+            parser.error(
+                "--confirm runs from the first step, with seed 0 and with its references: leave out --alone, "
+                "--warm-up and --seeds"
+            )
         confirmation.run(given.tasks, settings, given.workers, given.steps, given.out)
         return
     wanted = list(cells(given.tasks, settings, given.workers, given.seeds, given.steps, given.warm_up, given.alone))

@@ -55,8 +55,9 @@ def run(
                 if out is not None:
                     with out.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(fact) + "\n")
-                rows.append(_row(task, count, setting, results))
-                print(*rows[-1], file=sys.stderr, flush=True)
+                print(task, count, setting.text, results[setting.text]["valid"]["bits"], file=sys.stderr, flush=True)
+            # Both references are there only now.
+            rows += [_row(task, count, setting, results) for setting in with_references(settings, count)]
     show("one run of real processes each", COLUMNS, rows, {"benchmark": "bits", "confirmed": facts})
 
 

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks.bits import command, confirmation
 from benchmarks.bits.forgetful import ForgetfulDeltas
 from benchmarks.bits.records import Record, read_records
 from benchmarks.bits.settings import Cell, parse_setting
@@ -92,3 +93,25 @@ def test_only_forgetful_publishing_drifts(kind: type[PublishedDeltas]) -> None:
         publishing.applied(block, None)
     lag = float(np.linalg.norm(block.weights - publishing.replica(0).values)) / (0.01 * elements**0.5)
     assert (lag > 5) if kind is ForgetfulDeltas else (lag < 3)  # in movements of one round
+
+
+def test_a_confirmation_compares_with_both_references(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_job(cell: Cell) -> dict[str, object]:
+        bits = 2.0 if cell.setting.text == "fp32/fp32" else 2.5
+        parts = {f"{way}_bits_{of}": 4.0 for way in ("push", "pull") for of in ("encoded", "an_element")}
+        loss = {"valid": {"bits": bits}}
+        counts = {"pushed_bytes": 10, "pulled_bytes": 10, "steps": 2, "staleness": {"all": {"mean": 1.0}}}
+        return {**loss, "replica": loss, **parts, **counts}
+
+    monkeypatch.setattr(confirmation, "run_job", run_job)
+    command.main(["int4/ternary", "--confirm", "--workers", "8"])
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["confirmed"]
+    assert len(results) == 3, "eight workers have two references"
+
+
+def test_a_confirmation_with_a_seed_of_its_own_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["int4/ternary", "--confirm", "--seeds", "1"])
+    assert "leave out --alone" in capsys.readouterr().err
