@@ -133,7 +133,8 @@ class ModelWorker:
             frame = frame[: encoding.encode(self.rig.gradient(self.name, block, self.sequences[block]), frame)]
             updates.append(BlockUpdate(block, self.sequences[block], self.editions[block], encoding.identifier))
             frames.append(memoryview(frame.tobytes()))
-        push = Push(**self.head(), updates=tuple(updates), wants=self.wants() if chance.random() < 0.7 else ())
+        wants = self.wants() if chance.random() < 0.7 else ()
+        push = Push(**self.head(), updates=tuple(updates), wants=wants, is_pull_slow=chance.random() < 0.4)
         self.waiting[push.request] = push, frames
         return push, frames
 
@@ -143,7 +144,7 @@ class ModelWorker:
                 self.acknowledged[verdict.block] = self.incarnation, verdict.sequence
             assert not message.refused, f"{self.name} was refused what it had a right to: {message.refused}"
             del self.waiting[message.request]
-        elif isinstance(message, Pulled):
+        if isinstance(message, Pushed | Pulled):
             at = 0
             for value in message.values:
                 self.take(value.block, value.edition, value.kind, value.encoding, frames[at : at + value.frames])
@@ -260,14 +261,15 @@ class Rig:
     def act(self) -> None:
         """One turn of the server's loop."""
         chance = self.chance
-        self.now += 0.05
+        self.now += chance.choice([0.05, 0.05, 0.6])
         if not self.journal.trouble:
             self.send_some()
             if chance.random() < 0.3:
                 self.core.publish_due(self.now)
                 self.remember()
             if chance.random() < 0.08:
-                members = tuple(name for name in WORKERS if chance.random() < 0.7)
+                # Often none: what is published while nobody trains is finer.
+                members = () if chance.random() < 0.4 else tuple(name for name in WORKERS if chance.random() < 0.7)
                 self.order = make_order(self.log, members, **self.settings)
                 self.held += self.core.take_order(self.order)
                 self.remember()
