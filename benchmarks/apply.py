@@ -64,7 +64,7 @@ def push_only(elements: int, encoding: str, optimizer: str, seconds: float) -> d
         values = np.random.default_rng(0).normal(0, 1e-3, elements).astype(np.float32)
         coder.encode(values, frame, np.zeros(elements, np.float32))
         identity: dict[str, Any] = {"job": "bench", "worker": "worker-0", "incarnation": 1}
-        channel.send(Hello(**identity, layout=layout.fingerprint))
+        channel.send(Hello(**identity, layout=layout.fingerprint, part=placed.part))
         answer(Welcome)
         first = Initialise(request=0, job="bench", term=1, layout=layout.fingerprint, blocks=(0,))
         channel.send(first, [np.zeros(elements, np.float32).data])

@@ -149,7 +149,7 @@ def _worker(line: Line, number: int, addresses: Sequence[Any], specification: st
     transport, counters = ZeroMQTransport(), Counters()
     identity = Identity("bench", f"worker-{number}", 1, replica.layout.fingerprint)
     codec = Codec(push.encodings(replica.layout), push.deadline_seconds, push.error)
-    exchange = Exchange(transport, addresses, identity, 1, replica, codec, counters)
+    exchange = Exchange(transport, addresses, identity, replica, codec, counters)
     if number == 0:
         exchange.initialise()
     exchange.pull(0)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models.task import Parameter
 from paramserver.job import PushSettings
-from paramserver.protocol.messages import ShardAddress
+from paramserver.protocol.messages import PartAddress
 from paramserver.protocol.transport import Transport
 from worker.client import Identity
 from worker.counters import Counters
@@ -111,12 +111,11 @@ class Attached:
 
 def attach(
     model: torch.nn.Module | Mapping[str, Tensor] | Sequence[Parameter],
-    shards: Sequence[ShardAddress],
+    shards: Sequence[PartAddress],
     *,
     job: str,
     worker: str,
     incarnation: int | None = None,
-    term: int = 0,
     push: PushSettings | None = None,
     transport: Transport | None = None,
 ) -> Attached:
@@ -152,7 +151,6 @@ def attach(
         Identity(
             job, worker, time.time_ns() // 1000 if incarnation is None else incarnation, replica.layout.fingerprint
         ),
-        term,
         replica,
         Codec(
             push.encodings(replica.layout), push.deadline_seconds, push.error, push.error_limit, push.settling_updates

@@ -328,6 +328,7 @@ class ShardClient:
                 incarnation=identity.incarnation,
                 job=identity.job,
                 layout=identity.layout,
+                part=self.shard,
             )
         )
         self._silent_since = now if self._silent_since is None else self._silent_since

@@ -24,10 +24,10 @@ from paramserver.protocol.messages import (
     BlockUpdate,
     BlockValue,
     Initialise,
+    PartAddress,
     Pull,
     Push,
     RefusedUpdate,
-    ShardAddress,
     Want,
 )
 from paramserver.protocol.transport import Bytes, Transport
@@ -78,9 +78,8 @@ class Exchange:
     def __init__(
         self,
         transport: Transport,
-        placement: Sequence[ShardAddress],
+        placement: Sequence[PartAddress],
         identity: Identity,
-        term: int,
         replica: Replica,
         codec: Codec,
         counters: Counters,
@@ -101,7 +100,6 @@ class Exchange:
         self.residuals = self._encoder.residuals
         self._transport = transport
         self._identity = identity
-        self._term = term
         self._replica = replica
         self._counters = counters
         self._sequences = [ASKING if is_resumed else 0] * len(replica.layout.blocks)  # the last one pushed
@@ -118,7 +116,7 @@ class Exchange:
         for shard in placement:
             channel = transport.connect(shard.address, shard.key)
             deadline = codec.deadline_seconds
-            self._clients.append(ShardClient(channel, shard.shard, identity, term, deadline, counters, self))
+            self._clients.append(ShardClient(channel, shard.part, identity, shard.term, deadline, counters, self))
             self._cuttings.append(Cutting([blocks[block] for block in shard.blocks], codec.encodings))
 
     # --------------------------------------------------------------------- the calls
@@ -160,7 +158,7 @@ class Exchange:
 
     def ask(self, step: int, source: Source = "replica") -> None:
         """The same without waiting: what a step without an update does."""
-        self._post(lambda client, cut: Request(self._pull_message(cut, step, source), awaited=set(cut)))
+        self._post(lambda client, cut: Request(self._pull_message(client, cut, step, source), awaited=set(cut)))
 
     def tick(self, step: int) -> None:
         """Tell every shard the clock of a step that pushes nothing."""
@@ -195,7 +193,7 @@ class Exchange:
             message = Initialise(
                 request=self._next_request(),
                 job=self._identity.job,
-                term=self._term,
+                term=client.term,
                 layout=self._identity.layout,
                 blocks=cut,
             )
@@ -222,19 +220,20 @@ class Exchange:
             for block in blocks:
                 self.residuals.clear(block)
             full = [FULL_PRECISION] * len(blocks)
-            return self._push(blocks, frames, full, self._replica.editions, step, wants=())
+            return self._push(client, blocks, frames, full, self._replica.editions, step, wants=())
 
         self._post(request, bytes_a_second=0.0)
         self.settle_pushes()
 
-    def follow(self, term: int, placement: Sequence[ShardAddress] = ()) -> None:
-        """Go on under a newer placement term, and with shards where they are now: one that died may be back."""
-        self._term = max(self._term, term)
-        moved = {shard.shard: shard for shard in placement}
+    def follow(self, placement: Sequence[PartAddress]) -> None:
+        """Go on with each part where it is now and under its term: its shard may have died and be back, or another."""
+        placed = {part.part: part for part in placement}
         for client in self._clients:
-            client.term = max(client.term, self._term)
-            there = moved.get(client.shard)
-            if there is not None and there.address != client.channel.address:
+            there = placed.get(client.shard)
+            if there is None or there.term < client.term:
+                continue
+            client.term = there.term
+            if there.address != client.channel.address:
                 log("shard-moved", shard=client.shard, address=there.address)
                 client.move(self._transport.connect(there.address, there.key))
 
@@ -250,14 +249,15 @@ class Exchange:
         """One message of a step: the updates of its blocks, and the wish for their values."""
         blocks = [block for block in cut if block in gradients and self._encoder.sends(block)]
         if not blocks:
-            return Request(self._pull_message(cut, step), awaited=set(cut))
+            return Request(self._pull_message(client, cut, step), awaited=set(cut))
         memory = client.channel.memory()
         frames = [self._encoder.encode(block, gradients, memory) for block in blocks]
         encodings = [self._encoder.encoding(block) for block in blocks]
-        return self._push(blocks, frames, encodings, editions, step, self._wants(cut))
+        return self._push(client, blocks, frames, encodings, editions, step, self._wants(cut))
 
     def _push(
         self,
+        client: ShardClient,
         blocks: list[int],
         frames: list[Bytes],
         encodings: Sequence[Encoding],
@@ -270,24 +270,24 @@ class Exchange:
             sequence = self._sequences[block] = self._sequences[block] + 1
             updates.append(BlockUpdate(block, sequence, max(int(editions[block]), 0), encoding.identifier))
         return Request(
-            Push(**self._head(step), updates=tuple(updates), wants=wants, is_pull_slow=self._pace.is_pull_slow),
+            Push(**self._head(client, step), updates=tuple(updates), wants=wants, is_pull_slow=self._pace.is_pull_slow),
             frames,
             undecided={block: position for position, block in enumerate(blocks)},
             awaited={want.block for want in wants},
         )
 
-    def _pull_message(self, cut: Sequence[int], step: int, source: Source = "replica") -> Pull:
-        return Pull(**self._head(step), wants=self._wants(cut), source=source)
+    def _pull_message(self, client: ShardClient, cut: Sequence[int], step: int, source: Source = "replica") -> Pull:
+        return Pull(**self._head(client, step), wants=self._wants(cut), source=source)
 
     def _wants(self, cut: Sequence[int]) -> tuple[Want, ...]:
         held = self._replica.editions
         return tuple([Want(block, int(held[block])) for block in cut])
 
-    def _head(self, step: int) -> dict[str, Any]:
+    def _head(self, client: ShardClient, step: int) -> dict[str, Any]:
         return {
             "request": self._next_request(),
             "job": self._identity.job,
-            "term": self._term,
+            "term": client.term,
             "worker": self._identity.worker,
             "incarnation": self._identity.incarnation,
             "step": step,

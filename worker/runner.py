@@ -131,7 +131,7 @@ class JobWork:
             self._guard()
             order = self._state.order
             if self._exchange is not None:
-                self._exchange.follow(order.term, order.placement)
+                self._exchange.follow(order.placement)
             run_stage[order.stage]()
         if self._exchange is not None and self._state.order.stage in ("train", "drain"):
             self._drain()
@@ -262,7 +262,6 @@ class JobWork:
             self._transport,
             order.placement,
             Identity(order.job, self._name, self._state.incarnation, layout.fingerprint),
-            order.term,
             self._replica,
             Codec(push.encodings(layout), push.deadline_seconds, push.error, push.error_limit, push.settling_updates),
             self._state.counters,
@@ -300,8 +299,8 @@ class JobWork:
         if self._desk.job is not self._state:
             raise Abandoned("the coordinator orders another")
         order = self._state.order
-        if self._exchange is not None and order.term:
-            self._exchange.follow(order.term, order.placement)
+        if self._exchange is not None:
+            self._exchange.follow(order.placement)
         if self._must_stop():
             now = time.monotonic()
             self._stop_at = now + STOP_SECONDS if self._stop_at is None else self._stop_at

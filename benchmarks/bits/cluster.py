@@ -17,7 +17,7 @@ from paramserver.coordinator.placement import balance
 from paramserver.job import Job
 from paramserver.protocol.layout import Layout
 from paramserver.protocol.memory import MemoryListener, MemoryNetwork
-from paramserver.protocol.messages import ShardAddress, ShardOrder
+from paramserver.protocol.messages import PartAddress, PartOrder
 from paramserver.protocol.transport import Received
 from paramserver.shard.block import HeldBlock
 from paramserver.shard.core import ShardCore
@@ -107,14 +107,16 @@ class Cluster:
         self.layout: Layout = Replica(parameters).layout
         placed = balance(self.layout, ["shard-0", "shard-1"], job.cluster.shards)
         self._shards: list[tuple[ShardCore, MemoryListener]] = []
-        self._placement: list[ShardAddress] = []
+        self._placement: list[PartAddress] = []
         for name, blocks in placed.items():
             core, listener = ShardCore(name), self._network.listen(f"{name}:0")
-            core.take_order(ShardOrder(job.name, job.json_text(), term=1, phase=0, layout=self.layout, blocks=blocks))
+            core.take_order(
+                PartOrder(name, job.name, job.json_text(), term=1, phase=0, layout=self.layout, blocks=blocks)
+            )
             if is_forgetful:
                 _serving(core).publishing = ForgetfulDeltas(dict(enumerate(_serving(core).pull_encodings)), job.pull)
             self._shards.append((core, listener))
-            self._placement.append(ShardAddress(name, listener.address, blocks))
+            self._placement.append(PartAddress(name, listener.address, blocks))
         self._make_exchange("initial").exchange.initialise()
 
     def take_over(self, state: State, updates: int) -> None:
@@ -189,7 +191,6 @@ class Cluster:
             self._network,
             self._placement,
             Identity(self._job.name, name, 1, self.layout.fingerprint),
-            1,
             replica,
             Codec(
                 push.encodings(self.layout), push.deadline_seconds, push.error, push.error_limit, push.settling_updates

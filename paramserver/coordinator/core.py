@@ -269,7 +269,7 @@ class CoordinatorCore:
             return None
         if session.role == "shard":
             order = run.shard_order(session, workers)
-            return None if order is None else (order.job, order.members, order.workers)
+            return None if order is None else [(part.job, part.members, part.workers) for part in order.parts]
         stage = run.stage_of(session, workers)
         return None if stage is None else (run.record.id, stage, run.is_placed(shards), run.addresses())
 

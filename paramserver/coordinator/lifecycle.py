@@ -32,7 +32,9 @@ from paramserver.protocol.messages import (
     ExportPart,
     ExportStored,
     Member,
-    ShardAddress,
+    PartAddress,
+    PartOrder,
+    PartReport,
     ShardOrder,
     ShardReport,
     WorkerKey,
@@ -197,8 +199,7 @@ class JobRun:
         is_published = all(
             session.heard_at > self._drained_at
             and isinstance(session.report, ShardReport)
-            and session.report.job == self.record.id
-            and not session.report.unpublished
+            and any(part.job == self.record.id and not part.unpublished for part in session.report.parts)
             for session in placed
         )
         if self.placement is not None and len(placed) == len(self.placement.shards) and is_published:
@@ -287,8 +288,14 @@ class JobRun:
         return report.drained if report is not None else not worker.pending
 
     def hear_shard(self, session: Session, report: ShardReport, now: float) -> None:
+        for part in report.parts:
+            if part.job == self.record.id:
+                self._hear_part(session, part, now)
+        self.telemetry.shards[session.name] = report
+
+    def _hear_part(self, session: Session, report: PartReport, now: float) -> None:
         placed = self._placed(session.name)
-        if report.job != self.record.id or placed is None:
+        if placed is None:
             return
         if report.failed:
             self.fail(f"{session.name!r} says: {report.failed}", now)
@@ -296,8 +303,8 @@ class JobRun:
         if report.term != TERM or report.blocks != len(placed.blocks) or report.initialised_blocks > report.blocks:
             self._count("inconsistent-report")
             return
-        before = self.telemetry.shards.get(session.name)
-        self.telemetry.shards[session.name] = report
+        before = self.telemetry.parts.get(session.name)
+        self.telemetry.parts[session.name] = report
         wanted = before.initialised_blocks if before is not None else 0
         if report.initialised_blocks < (report.blocks if self.state in ACTIVE_STATES[1:] else wanted):
             self.fail(self._lost_shard(placed, "it has lost their values"), now)
@@ -424,8 +431,9 @@ class JobRun:
         keys = tuple(WorkerKey(worker.name, worker.incarnation, worker.key) for worker in workers if worker.key)
         known = self._shard_orders.get(session.name)
         # The same object while nothing changes: comparing and sending it again costs nothing.
-        if known is None or (known.members, known.workers) != (members, keys):
-            known = self._shard_orders[session.name] = ShardOrder(
+        if known is None or (known.parts[0].members, known.parts[0].workers) != (members, keys):
+            part = PartOrder(
+                part=placed.name,
                 job=self.record.id,
                 specification=self.record.specification,
                 term=TERM,
@@ -435,6 +443,7 @@ class JobRun:
                 members=members,
                 workers=keys,
             )
+            known = self._shard_orders[session.name] = ShardOrder((part,))
         return known
 
     def addresses(self) -> tuple[tuple[str, str], ...]:
@@ -447,13 +456,13 @@ class JobRun:
             return False
         return self.state != "initialising" or self._serving_reports(shards) is not None
 
-    def _serving_reports(self, shards: list[Session]) -> list[ShardReport] | None:
+    def _serving_reports(self, shards: list[Session]) -> list[PartReport] | None:
         """The reports of all placed shards, or None while one of them does not serve its order."""
         assert self.placement is not None
-        reports = [self.telemetry.shards.get(shard.name) for shard in self.placement.shards]
+        reports = [self.telemetry.parts.get(shard.name) for shard in self.placement.shards]
         if any(report is None for report in reports) or not shards:
             return None
-        return cast(list[ShardReport], reports)
+        return cast(list[PartReport], reports)
 
     def stage_of(self, worker: Session, workers: list[Session]) -> str | None:
         """What the worker should be doing, or None for nothing. Only one initialises and only one exports."""
@@ -487,11 +496,10 @@ class JobRun:
             job=self.record.id,
             specification=self.record.specification,
             stage=stage,  # type: ignore[arg-type]
-            term=TERM if is_placed else 0,
             phase=0,
             layout=self.layout if is_placed else None,
             placement=tuple(
-                ShardAddress(shard.name, shard.address, shard.blocks, shard.key) for shard in shards_placed
+                PartAddress(shard.name, shard.address, shard.blocks, TERM, shard.key) for shard in shards_placed
             ),
             grants=tuple(lease for _, lease in worker.pending.values() if kind == lease.kind),
             hold=hold,

@@ -14,6 +14,7 @@ from paramserver.coordinator.effects import JobRecord
 from paramserver.coordinator.lifecycle import JobRun
 from paramserver.coordinator.sessions import Session
 from paramserver.coordinator.telemetry import Telemetry, bits, plain, ratio
+from paramserver.protocol.messages import ShardReport, WorkerReport
 from paramserver.router.leases import EVALUATED_SPLITS, split_name
 
 
@@ -57,7 +58,8 @@ def job_figures(run: JobRun, waiting: str, now: float) -> dict[str, Any]:
         "refusals": telemetry.refusals(),
         "workers_lost": list(run.workers_lost),
         "shards_recovered": list(run.shards_recovered),
-        "shards": telemetry.by_shard(),
+        "parts": telemetry.by_part(),
+        "shards": telemetry.by_process(),
         "workers": telemetry.by_worker(),
     }
     return cast(dict[str, Any], plain(figures))
@@ -138,8 +140,14 @@ def session_figures(session: Session, now: float) -> dict[str, Any]:
         "key": session.key,
         "seconds_since_heartbeat": max(0.0, now - session.heard_at),
         "seconds_alive": now - session.since,
-        "job": session.report.job if session.report else "",
+        "job": _job_of(session.report),
     }
+
+
+def _job_of(report: ShardReport | WorkerReport | None) -> str:
+    if isinstance(report, ShardReport):
+        return report.parts[0].job if report.parts else ""
+    return report.job if report is not None else ""
 
 
 def _active_seconds(run: JobRun, now: float) -> float:

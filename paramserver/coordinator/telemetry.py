@@ -15,7 +15,7 @@ from typing import Any
 from msgspec import structs
 
 from paramserver.encoding.layers import FULL_PRECISION
-from paramserver.protocol.messages import ShardReport, StalenessRow, TrafficRow, WorkerReport
+from paramserver.protocol.messages import PartReport, ShardReport, StalenessRow, TrafficRow, WorkerReport
 from paramserver.shard.staleness import LOWER_EDGES, add_counts, summarise
 
 MOST_WORKERS = 16_384  # incarnations of workers that one job's counters are kept of; the oldest are forgotten
@@ -56,6 +56,7 @@ class Telemetry:
     """Of one job. Workers are kept by (name, incarnation): what a dead one counted stays counted."""
 
     def __init__(self) -> None:
+        self.parts: dict[str, PartReport] = {}
         self.shards: dict[str, ShardReport] = {}
         self.workers: dict[tuple[str, int], WorkerReport] = {}
         self._samples: deque[tuple[float, dict[str, float]]] = deque()
@@ -105,7 +106,7 @@ class Telemetry:
 
     def totals(self) -> dict[str, float]:
         """What rates are taken of."""
-        shards = self.shards.values()
+        shards = self.parts.values()
         return {
             "examples": self.finished_examples,
             "steps": self.steps,
@@ -120,7 +121,7 @@ class Telemetry:
         The bits of a pull are those of an element and pull, whatever came of it: some deltas or nothing. Snapshots,
         for whom the log of deltas does not reach back to, count in the bytes and are told apart.
         """
-        shards = list(self.shards.values())
+        shards = list(self.parts.values())
         rows = [row for report in shards for row in report.traffic]
         figures: dict[str, Any] = {
             "pushed_bytes": sum(report.bytes_in for report in shards),
@@ -144,7 +145,7 @@ class Telemetry:
     def layers(self) -> dict[str, Any]:
         """What each group's blocks cost, by way and encoding: where the bits go."""
         found: dict[str, Any] = {}
-        for report in self.shards.values():
+        for report in self.parts.values():
             for row in report.traffic:
                 ways = found.setdefault(row.group, {"push": {}, "pull": {}})
                 if row.way in ways:
@@ -168,7 +169,7 @@ class Telemetry:
         """In all and by worker, shard and group."""
         rows = [
             (shard, row)
-            for shard, report in sorted(self.shards.items())
+            for shard, report in sorted(self.parts.items())
             for row in report.staleness
             if len(row.counts) <= len(LOWER_EDGES)
         ]
@@ -191,15 +192,17 @@ class Telemetry:
     def refusals(self) -> dict[str, int]:
         """By name, as the shards refused them."""
         counts: Counter[str] = Counter()
-        for report in self.shards.values():
-            counts.update(report.refusals)
+        for part in self.parts.values():
+            counts.update(part.refusals)
+        for shard in self.shards.values():
+            counts.update(shard.refusals)
         return dict(sorted(counts.items()))
 
     def faults(self) -> dict[str, int]:
         """What was survived: by name, over all processes."""
         shards, workers = self.shards.values(), self.workers.values()
         return {
-            "duplicates": sum(report.duplicates for report in shards),
+            "duplicates": sum(report.duplicates for report in self.parts.values()),
             "dropped_answers": sum(report.dropped for report in shards),
             "handshake_failures": sum(report.handshake_failures for report in shards),
             "retries": sum(report.retries for report in workers),
@@ -208,10 +211,10 @@ class Telemetry:
         }
 
     def refusing_disks(self) -> dict[str, str]:
-        """Shards whose journal cannot be written now, and why."""
-        return {name: report.refusing_disk for name, report in sorted(self.shards.items()) if report.refusing_disk}
+        """Parts whose journal cannot be written now, and why."""
+        return {name: report.refusing_disk for name, report in sorted(self.parts.items()) if report.refusing_disk}
 
-    def by_shard(self) -> dict[str, Any]:
+    def by_part(self) -> dict[str, Any]:
         return {
             name: {
                 "blocks": report.blocks,
@@ -229,13 +232,25 @@ class Telemetry:
                 "replica_distance": finite(report.replica_distance),
                 "bytes_in": report.bytes_in,
                 "bytes_out": report.bytes_out,
-                "waiting_seconds": finite(report.waiting_seconds),
-                "working_seconds": finite(report.working_seconds),
                 "refusals": dict(report.refusals),
                 "journal_bytes": report.journal_bytes,
                 "refusing_disk": report.refusing_disk,
             }
-            for name, report in sorted(self.shards.items())
+            for name, report in sorted(self.parts.items())
+        }
+
+    def by_process(self) -> dict[str, Any]:
+        """Of each shard process: the parts that it holds, and how it spends its time."""
+        return {
+            name: {
+                "parts": {report.part: report.role for report in shard.parts},
+                "waiting_seconds": finite(shard.waiting_seconds),
+                "working_seconds": finite(shard.working_seconds),
+                "refusals": dict(shard.refusals),
+                "handshake_failures": shard.handshake_failures,
+                "dropped": shard.dropped,
+            }
+            for name, shard in sorted(self.shards.items())
         }
 
     def by_worker(self) -> dict[str, Any]:
@@ -266,8 +281,8 @@ class Telemetry:
     def queues(self) -> dict[str, int]:
         """Depths now."""
         return {
-            "parked_pulls": sum(report.parked_pulls for report in self.shards.values()),
-            "pending_updates": sum(report.pending_updates for report in self.shards.values()),
+            "parked_pulls": sum(report.parked_pulls for report in self.parts.values()),
+            "pending_updates": sum(report.pending_updates for report in self.parts.values()),
             "in_flight": sum(report.in_flight for report in self.workers.values()),
         }
 

@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 
 from paramserver.protocol.layout import Layout
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Text = Annotated[str, Meta(max_length=4096)]
@@ -34,6 +34,7 @@ RefusalCode = Literal[
     "wrong-job",  # the shard serves another job, or none
     "wrong-layout",  # the fingerprint differs
     "wrong-term",  # an older (or unknown) placement term
+    "unknown-part",  # the part is not placed on this shard
     "unknown-block",  # the block is not placed on this shard
     "unknown-encoding",  # an encoding that this job does not use
     "wrong-size",  # a frame that does not fit the block under its encoding
@@ -60,20 +61,24 @@ class Message(Struct, frozen=True, array_like=True, kw_only=True, tag_field="typ
 
 
 class Hello(Message, frozen=True, kw_only=True, tag="hello"):
-    """A worker introduces itself to a shard, before anything else and after every reconnection."""
+    """A worker introduces itself to a part of the model, before anything else and after every reconnection.
+
+    A connection is about one part: what comes through it later is for that one.
+    """
 
     version: Count = PROTOCOL_VERSION
     worker: Name
     incarnation: Count
     job: Name
     layout: Name  # fingerprint
+    part: Name
 
 
 class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
-    """The shard's answer to a Hello that it accepts. `term` is the placement term it serves."""
+    """The answer to a Hello that is accepted. `term` is the placement term under which the part is served."""
 
     version: Count = PROTOCOL_VERSION
-    shard: Name
+    part: Name
     job: Name
     term: Count
 
@@ -268,10 +273,13 @@ class LeaseDone(Struct, frozen=True, array_like=True):
     metrics: dict[str, float] = {}  # the task's own, by name
 
 
-class ShardAddress(Struct, frozen=True, array_like=True):
-    shard: Name
+class PartAddress(Struct, frozen=True, array_like=True):
+    """Where a part is served, and under which term: both change when it moves to another shard."""
+
+    part: Name
     address: Text
     blocks: tuple[Count, ...]
+    term: Count = 1
     key: PublicKey = ""  # who answers there: it has proven to the coordinator that it holds this key
 
 
@@ -290,9 +298,28 @@ class WorkerKey(Struct, frozen=True, array_like=True):
     key: PublicKey
 
 
-class ShardOrder(Struct, frozen=True, array_like=True, tag="shard-order"):
-    """What a shard should be: which blocks of which job it serves, for whom."""
+class Partner(Struct, frozen=True, array_like=True):
+    """The other shard process that holds a part: its backup, told to the primary, or its primary, told to the backup.
 
+    `is_synced`: the coordinator may promote this backup, so the primary acknowledges nothing that it has not stored.
+    """
+
+    shard: Name
+    incarnation: Count
+    address: Text
+    key: PublicKey = ""
+    is_synced: bool = False
+
+
+class PartOrder(Struct, frozen=True, array_like=True):
+    """What a shard should be to one part: the blocks that share a journal, named after the first shard that held it.
+
+    A primary serves workers. With a `partner` it streams its journal to that one; without one it goes on alone, which
+    the coordinator has recorded. A backup takes records from its partner alone. `term` grows when another becomes
+    primary, or the blocks change.
+    """
+
+    part: Name
     job: Name
     specification: str  # the resolved job specification as JSON
     term: Count
@@ -301,6 +328,14 @@ class ShardOrder(Struct, frozen=True, array_like=True, tag="shard-order"):
     blocks: tuple[Count, ...]
     members: tuple[Member, ...] = ()
     workers: tuple[WorkerKey, ...] = ()  # all live ones; empty where the cluster uses no keys
+    role: Literal["primary", "backup"] = "primary"
+    partner: Partner | None = None
+
+
+class ShardOrder(Struct, frozen=True, array_like=True, tag="shard-order"):
+    """What a shard should be: all of one job, at most one order a part."""
+
+    parts: tuple[PartOrder, ...]
 
 
 class WorkerOrder(Struct, frozen=True, array_like=True, tag="worker-order"):
@@ -312,10 +347,9 @@ class WorkerOrder(Struct, frozen=True, array_like=True, tag="worker-order"):
     job: Name
     specification: str
     stage: Literal["initialise", "train", "drain", "evaluate", "export"]
-    term: Count = 0
     phase: Count = 0
     layout: Layout | None = None
-    placement: tuple[ShardAddress, ...] = ()
+    placement: tuple[PartAddress, ...] = ()
     grants: tuple[Lease, ...] = ()
     hold: Count = 2**31
 
@@ -345,11 +379,13 @@ class TrafficRow(Struct, frozen=True, array_like=True):
     snapshot_bytes: Count = 0  # of payload_bytes
 
 
-class ShardReport(Struct, frozen=True, array_like=True, tag="shard-report"):
-    """A shard's counters since it took its job up; all grow."""
+class PartReport(Struct, frozen=True, array_like=True):
+    """A shard's counters for one part since it took it up; all grow but those of "now"."""
 
-    job: str = ""
+    part: Name
+    job: Name
     term: Count = 0
+    role: Literal["primary", "backup"] = "primary"
     blocks: Count = 0
     initialised_blocks: Count = 0
     elements: Count = 0
@@ -362,20 +398,30 @@ class ShardReport(Struct, frozen=True, array_like=True, tag="shard-report"):
     bytes_out: Count = 0
     traffic: tuple[TrafficRow, ...] = ()
     staleness: tuple[StalenessRow, ...] = ()
-    waiting_seconds: Seconds = 0.0
-    working_seconds: Seconds = 0.0
     parked_pulls: Count = 0  # held back by the consistency policy, now
     pending_updates: Count = 0  # accumulated by `sync`, not yet applied, now
     workers: tuple[str, ...] = ()
-    handshake_failures: Count = 0
     unpublished: Count = 0  # blocks with updates that no edition holds yet, now
     editions: Count = 0  # published, over all blocks
     replica_distance: float = 0.0  # |weights - published| / |weights|, now
     publish_period: Count = 0  # updates of a block between two editions, the longest now; 0: every version is one
-    dropped: Count = 0  # answers to workers that are gone, or that have left too much unread
-    failed: Text = ""  # why this shard cannot serve `job`: a clear message
     refusing_disk: Text = ""  # why the journal cannot be written now; acknowledgements wait for it
     journal_bytes: Count = 0  # written to the journal
+    failed: Text = ""  # why this shard cannot hold the part: a clear message
+    record: Count = 0  # number of the last record in its journal; 0 without a journal
+    stored: Count = 0  # of a primary: the last record that its backup has stored, now
+    is_synced: bool = False  # of a primary: its backup has caught up, and nothing is acknowledged without it
+
+
+class ShardReport(Struct, frozen=True, array_like=True, tag="shard-report"):
+    """What a shard holds, and its own counters since it took up the job."""
+
+    parts: tuple[PartReport, ...] = ()
+    refusals: dict[str, int] = {}  # of messages that are for no part
+    waiting_seconds: Seconds = 0.0
+    working_seconds: Seconds = 0.0
+    handshake_failures: Count = 0
+    dropped: Count = 0  # answers to workers that are gone, or that have left too much unread
 
 
 class WorkerReport(Struct, frozen=True, array_like=True, tag="worker-report"):

@@ -14,7 +14,6 @@ from paramserver.protocol.membership import MembershipError
 from paramserver.protocol.messages import Register
 from paramserver.protocol.transport import TransportError
 from paramserver.protocol.zeromq import ZeroMQTransport
-from paramserver.shard.core import ShardCore
 from paramserver.shard.journal.home import JournalHome
 from paramserver.shard.journal.layout import JournalError
 from paramserver.shard.server import ShardServer
@@ -49,9 +48,8 @@ def main() -> int:
     transport = ZeroMQTransport(keys, options.insecure)
     try:
         home = None if options.state is None else JournalHome(options.state, options.name)
-        core = ShardCore(options.name)
         server = ShardServer(
-            core, transport, options.listen, options.coordinator, introduction, home, coordinator_key=coordinator_key
+            transport, options.listen, options.coordinator, introduction, home, coordinator_key=coordinator_key
         )
         log("listening", address=server.address, keys=options.keys or "none")
         server.run(stop)

@@ -26,6 +26,7 @@ from paramserver.protocol.messages import (
     Initialise,
     Initialised,
     Message,
+    PartOrder,
     Pull,
     Pulled,
     Push,
@@ -33,7 +34,6 @@ from paramserver.protocol.messages import (
     Refusal,
     RefusalCode,
     RefusedUpdate,
-    ShardOrder,
     Tick,
     Welcome,
     WorkerKey,
@@ -100,7 +100,7 @@ def _pull_of(request: Pull | Push) -> Pull:
 
 @dataclass
 class ShardCore:
-    """One shard. Not thread-safe: one thread owns it."""
+    """One part of a shard, by its name. Not thread-safe: one thread owns it."""
 
     name: str
     serving: Serving | None = None
@@ -112,7 +112,7 @@ class ShardCore:
 
     # ------------------------------------------------------------------ what to serve
 
-    def take_order(self, order: ShardOrder | None) -> list[Reply]:
+    def take_order(self, order: PartOrder | None) -> list[Reply]:
         """Become what the coordinator says: take up a job, learn its members, or drop everything.
 
         An order with an older term than the one served is ignored.
@@ -348,7 +348,7 @@ class ShardCore:
         serving.peers[peer] = (hello.worker, hello.incarnation)
         if serving.policy.greeted(hello.worker):
             serving.note(Greeted(hello.worker))
-        return Reply(peer, Welcome(shard=self.name, job=hello.job, term=serving.order.term))
+        return Reply(peer, Welcome(part=self.name, job=hello.job, term=serving.order.term))
 
     def _initialise(self, peer: bytes, message: Initialise, frames: Sequence[memoryview]) -> Reply:
         serving = self._serving(message.job)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from threading import Lock, Thread
 
 from paramserver.job import Job
-from paramserver.protocol.messages import ShardOrder
+from paramserver.protocol.messages import PartOrder
 from paramserver.shard.journal.home import JournalHome
 from paramserver.shard.journal.keeper import ShardJournal
 from paramserver.shard.journal.layout import JournalError
@@ -22,7 +22,7 @@ class Preparation:
     """
 
     def __init__(
-        self, order: ShardOrder, home: JournalHome | None = None, compile_for: Callable[[Job], None] = prepare
+        self, order: PartOrder, home: JournalHome | None = None, compile_for: Callable[[Job], None] = prepare
     ) -> None:
         self.order = order
         self._home = home
@@ -56,7 +56,7 @@ class Preparation:
         if opened is not None:
             opened[1].close()
 
-    def _run(self, order: ShardOrder) -> None:
+    def _run(self, order: PartOrder) -> None:
         try:
             job = Job.model_validate_json(order.specification)
             self._compile_for(job)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from paramserver.encoding import Encoding, make_encoding
 from paramserver.encoding.base import Bytes
 from paramserver.job import Job
-from paramserver.protocol.messages import BlockUpdate, Pull, Push, ShardOrder
+from paramserver.protocol.messages import BlockUpdate, PartOrder, Pull, Push
 from paramserver.shard.block import HeldBlock
 from paramserver.shard.consistency import make_policy
 from paramserver.shard.journal.records import AnyRecord, Decision, FirstValues, Journal, Ordered
@@ -35,7 +35,7 @@ def prepare(job: Job) -> None:
 class Serving:
     """Everything that a shard holds for one job: blocks, optimiser, policy, counters, peers, parked pulls."""
 
-    def __init__(self, order: ShardOrder) -> None:
+    def __init__(self, order: PartOrder) -> None:
         self.order = order
         self.job = Job.model_validate_json(order.specification)
         self.fingerprint = order.layout.fingerprint
@@ -59,7 +59,7 @@ class Serving:
         self.decided: list[Decision] = []  # since the last record
         self.given: deque[Decision] | None = None  # in a replay: what was decided
 
-    def follow(self, order: ShardOrder) -> None:
+    def follow(self, order: PartOrder) -> None:
         """Hold this order's blocks, for its members, under its term."""
         before, self.order = self.order, order
         for index in set(order.blocks) - self.blocks.keys():

@@ -24,8 +24,8 @@ from paramserver.protocol.messages import (
     LeaseDone,
     Message,
     Orders,
+    PartOrder,
     Register,
-    ShardOrder,
     ShardReport,
     StalenessRow,
     WorkerOrder,
@@ -59,7 +59,7 @@ class FakeShard:
         self.failed = ""
         introduction = Register(role="shard", name=name, address=f"tcp://{name}:{port}", pid=pid, host="fake")
         self.membership = Membership(introduction, self.report)
-        self.order: ShardOrder | None = None
+        self.order: PartOrder | None = None
         self.initialised: set[int] = set()
 
     def report(self) -> ShardReport:
@@ -82,7 +82,7 @@ class FakeShard:
         if orders is None:
             return
         order = orders.order
-        assert order is None or isinstance(order, ShardOrder)
+        assert order is None or isinstance(order, PartOrder)
         if order is None or self.order is None or order.job != self.order.job:
             self.initialised = set(self.journal)
         self.order = order
@@ -277,7 +277,7 @@ class Cluster:
                     process = self.processes.get(self.peers.get(effect.peer, ""))
                     if process is not None:
                         process.obey(effect.message, self.now)
-                    if isinstance(effect.message, Orders) and isinstance(effect.message.order, ShardOrder):
+                    if isinstance(effect.message, Orders) and isinstance(effect.message.order, PartOrder):
                         self.members.add(tuple(member.worker for member in effect.message.order.members))
                 case StorePart():
                     if effect.offset == 0:

@@ -16,10 +16,10 @@ from paramserver.protocol.messages import (
     Heartbeat,
     Message,
     Orders,
+    PartOrder,
     Refusal,
     Register,
     Registered,
-    ShardOrder,
     WorkerKey,
     WorkerReport,
 )
@@ -114,7 +114,7 @@ def test_job_runs_to_its_end_with_keys_and_every_address_carries_its_shards_key(
 
 def shard_workers(cluster: KeyedCluster) -> tuple[WorkerKey, ...]:
     order = cluster.shard("shard-0").order
-    assert isinstance(order, ShardOrder)
+    assert isinstance(order, PartOrder)
     return order.workers
 
 

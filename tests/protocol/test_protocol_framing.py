@@ -200,7 +200,9 @@ def test_a_message_that_wants_more_blocks_than_an_answer_can_hold_is_refused() -
 
 
 def test_a_field_that_breaks_its_constraint_is_refused() -> None:
-    assert "length" in refused([msgspec.msgpack.encode(Hello(worker="w" * 129, incarnation=1, job="j", layout="x"))])
+    assert "length" in refused(
+        [msgspec.msgpack.encode(Hello(worker="w" * 129, incarnation=1, job="j", layout="x", part="shard-0"))]
+    )
 
 
 @given(

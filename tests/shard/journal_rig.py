@@ -23,11 +23,11 @@ from paramserver.protocol.messages import (
     Initialise,
     Member,
     Message,
+    PartOrder,
     Pull,
     Pulled,
     Push,
     Pushed,
-    ShardOrder,
     Tick,
     Want,
 )
@@ -43,7 +43,7 @@ WORKERS = ("w0", "w1", "w2")
 Frames = list[memoryview]
 
 
-def make_order(log: str, members: tuple[str, ...] = (), **settings: Any) -> ShardOrder:
+def make_order(log: str, members: tuple[str, ...] = (), **settings: Any) -> PartOrder:
     specification = {
         "name": "job",
         "model": {"family": "recurrent"},
@@ -51,7 +51,8 @@ def make_order(log: str, members: tuple[str, ...] = (), **settings: Any) -> Shar
         "durability": {"log": log},
         **settings,
     }
-    return ShardOrder(
+    return PartOrder(
+        part="shard-0",
         job="job",
         specification=json.dumps(specification),
         term=1,
@@ -110,7 +111,9 @@ class ModelWorker:
                 "incarnation": self.incarnation, "step": self.step}  # fmt: skip
 
     def hello(self) -> Hello:
-        return Hello(worker=self.name, incarnation=self.incarnation, job="job", layout=LAYOUT.fingerprint)
+        return Hello(
+            worker=self.name, incarnation=self.incarnation, job="job", layout=LAYOUT.fingerprint, part="shard-0"
+        )
 
     def wants(self) -> tuple[Want, ...]:
         return tuple(Want(block, self.editions[block]) for block in BLOCKS)

@@ -17,12 +17,12 @@ from paramserver.protocol.messages import (
     Initialised,
     Member,
     Message,
+    PartOrder,
     Pull,
     Pulled,
     Push,
     Pushed,
     Refusal,
-    ShardOrder,
     Tick,
     Want,
     Welcome,
@@ -39,8 +39,9 @@ SPECIFICATION: dict[str, object] = {
 }
 
 
-def order(term: int = 1, members: tuple[str, ...] = (), **settings: object) -> ShardOrder:
-    return ShardOrder(
+def order(term: int = 1, members: tuple[str, ...] = (), **settings: object) -> PartOrder:
+    return PartOrder(
+        part="shard-0",
         job="job",
         specification=json.dumps({**SPECIFICATION, **settings}),
         term=term,
@@ -74,7 +75,13 @@ class Driver:
         return replies[0].message
 
     def hello(self, worker: str, incarnation: int = 1, **changes: object) -> Message:
-        fields = {"worker": worker, "incarnation": incarnation, "job": "job", "layout": LAYOUT.fingerprint}
+        fields = {
+            "worker": worker,
+            "incarnation": incarnation,
+            "job": "job",
+            "layout": LAYOUT.fingerprint,
+            "part": "shard-0",
+        }
         return self.one(worker, Hello(**{**fields, **changes}))  # type: ignore[arg-type]
 
     def push(self, worker: str, sequence: int, value: float = 1.0, **changes: object) -> list[Reply]:
@@ -280,7 +287,7 @@ def test_initialise_is_idempotent_and_refuses_other_values() -> None:
 def test_a_block_without_a_value_is_neither_pushed_nor_pulled() -> None:
     core = ShardCore("shard-0")
     core.take_order(order())
-    core.handle(b"w0", Hello(worker="w0", incarnation=1, job="job", layout=LAYOUT.fingerprint), [])
+    core.handle(b"w0", Hello(worker="w0", incarnation=1, job="job", layout=LAYOUT.fingerprint, part="shard-0"), [])
     pull = Pull(request=1, job="job", term=1, worker="w0", incarnation=1, step=0, wants=(Want(0),))
     assert refusal(core.handle(b"w0", pull, [])) == "not-initialised"
 

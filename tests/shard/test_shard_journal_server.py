@@ -24,11 +24,11 @@ from paramserver.protocol.messages import (
     Initialised,
     Message,
     Orders,
+    PartOrder,
     Push,
     Pushed,
     Register,
     Registered,
-    ShardOrder,
     ShardReport,
     Welcome,
 )
@@ -46,7 +46,7 @@ LAYOUT = cut_layout([Parameter("a", (8,), "first")])
 ANSWER_SECONDS = 20.0
 
 
-def make_order(log: str) -> ShardOrder:
+def make_order(log: str) -> PartOrder:
     specification = {
         "name": "job",
         "model": {"family": "recurrent"},
@@ -54,7 +54,9 @@ def make_order(log: str) -> ShardOrder:
         "pull": {"encoding": "fp32"},
         "durability": {"log": log},
     }
-    return ShardOrder(job="job", specification=json.dumps(specification), term=1, phase=0, layout=LAYOUT, blocks=(0,))
+    return PartOrder(
+        part="shard-0", job="job", specification=json.dumps(specification), term=1, phase=0, layout=LAYOUT, blocks=(0,)
+    )
 
 
 class Running:
@@ -113,7 +115,7 @@ class Running:
     def begin(self) -> None:
         """Serve, with a worker that has said Hello and given first values."""
         self.until("the job to be served", lambda: self.report.job == "job")
-        self.ask(Hello(worker="w0", incarnation=1, job="job", layout=LAYOUT.fingerprint), (), Welcome)
+        self.ask(Hello(worker="w0", incarnation=1, job="job", layout=LAYOUT.fingerprint, part="shard-0"), (), Welcome)
         first = Initialise(request=1, job="job", term=1, layout=LAYOUT.fingerprint, blocks=(0,))
         self.ask(first, [bytes(32)], Initialised)
 

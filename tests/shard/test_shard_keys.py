@@ -13,10 +13,10 @@ from paramserver.protocol.messages import (
     Initialise,
     Initialised,
     Message,
+    PartOrder,
     Pull,
     Pulled,
     Refusal,
-    ShardOrder,
     Want,
     Welcome,
     WorkerKey,
@@ -24,8 +24,9 @@ from paramserver.protocol.messages import (
 from paramserver.shard.core import ShardCore
 
 
-def order(*workers: WorkerKey, term: int = 1) -> ShardOrder:
-    return ShardOrder(
+def order(*workers: WorkerKey, term: int = 1) -> PartOrder:
+    return PartOrder(
+        part="shard-0",
         job="job",
         specification=json.dumps(SPECIFICATION),
         term=term,
@@ -49,7 +50,7 @@ def say(core: ShardCore, peer: str, message: Message, frames: list[memoryview] |
 
 
 def hello(worker: str, incarnation: int) -> Hello:
-    return Hello(worker=worker, incarnation=incarnation, job="job", layout=LAYOUT.fingerprint)
+    return Hello(worker=worker, incarnation=incarnation, job="job", layout=LAYOUT.fingerprint, part="shard-0")
 
 
 INITIALISE = Initialise(request=1, job="job", term=1, layout=LAYOUT.fingerprint, blocks=(0, 1))

@@ -15,7 +15,7 @@ import pytest
 from paramserver.job import Job
 from paramserver.process import StopRequest
 from paramserver.protocol.layout import Parameter, cut_layout
-from paramserver.protocol.messages import Heartbeat, Orders, Register, Registered, ShardOrder, ShardReport
+from paramserver.protocol.messages import Heartbeat, Orders, PartOrder, Register, Registered, ShardReport
 from paramserver.protocol.transport import Listener, Received
 from paramserver.protocol.zeromq import ZeroMQTransport
 from paramserver.shard import server as server_module
@@ -28,8 +28,10 @@ SPECIFICATION = json.dumps({"name": "job", "model": {"family": "recurrent"}})
 LAYOUT = cut_layout([Parameter("a", (8,), "first")])
 
 
-def order(job: str = "job", term: int = 1) -> ShardOrder:
-    return ShardOrder(job=job, specification=SPECIFICATION, term=term, phase=0, layout=LAYOUT, blocks=(0,))
+def order(job: str = "job", term: int = 1) -> PartOrder:
+    return PartOrder(
+        part="shard-0", job=job, specification=SPECIFICATION, term=term, phase=0, layout=LAYOUT, blocks=(0,)
+    )
 
 
 def reports(listener: Listener, seconds: float = 30.0) -> Any:

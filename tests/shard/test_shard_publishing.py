@@ -16,11 +16,11 @@ from paramserver.protocol.messages import (
     Initialise,
     Member,
     Message,
+    PartOrder,
     Pull,
     Pulled,
     Push,
     Pushed,
-    ShardOrder,
     Want,
 )
 from paramserver.shard.core import Reply, ShardCore
@@ -55,13 +55,14 @@ class Cluster:
         self.editions = dict.fromkeys(self.names, -1)
         self.kinds: list[str] = []
         for name in self.names:
-            self.send(name, Hello(worker=name, incarnation=1, job="job", layout=LAYOUT.fingerprint))
+            self.send(name, Hello(worker=name, incarnation=1, job="job", layout=LAYOUT.fingerprint, part="shard-0"))
 
     def send(self, worker: str, message: Message, frames: list[memoryview] | None = None) -> list[Reply]:
         return self.core.handle(worker.encode(), message, frames or [])
 
     def order(self, *members: str) -> None:
-        order = ShardOrder(
+        order = PartOrder(
+            part="shard-0",
             job="job",
             specification=self.specification,
             term=1,

@@ -31,12 +31,12 @@ from paramserver.protocol.messages import (
     Initialised,
     Message,
     Orders,
+    PartOrder,
     Pull,
     Pulled,
     Push,
     Register,
     Registered,
-    ShardOrder,
     Tick,
     Want,
     Welcome,
@@ -63,8 +63,8 @@ def garbage(seed: int, count: int) -> list[list[bytes]]:
     update = BlockUpdate(0, 1, 0, "int4/64")
     wants = tuple(Want(block) for block in range(2000))
     heads = [
-        Hello(worker=name, incarnation=1, job="job", layout="other"),
-        Hello(version=99, worker=name, incarnation=1, job="job", layout="other"),
+        Hello(worker=name, incarnation=1, job="job", layout="other", part="shard-0"),
+        Hello(version=99, worker=name, incarnation=1, job="job", layout="other", part="shard-0"),
         Tick(job="job", worker=name, incarnation=1, step=1),
         Pull(request=1, job="job", term=1, worker=name, incarnation=1, step=1, wants=wants),
         Heartbeat(name=name, incarnation=1, seen=0, report=WorkerReport(held=tuple(range(2000)))),
@@ -127,7 +127,7 @@ def test_a_day_of_refused_garbage_replayed_fast_grows_no_memory_and_stops_no_job
 class Coordinator:
     """As much of a coordinator as makes a real shard process serve one job."""
 
-    def __init__(self, order: ShardOrder) -> None:
+    def __init__(self, order: PartOrder) -> None:
         self.transport = ZeroMQTransport()
         self.listener = self.transport.listen("tcp://127.0.0.1:0")
         self.order = order
@@ -161,7 +161,8 @@ def coordinator() -> Iterator[Coordinator]:
         "push": {"encoding": "fp32"},
         "pull": {"encoding": "fp32"},
     }
-    order = ShardOrder(
+    order = PartOrder(
+        part="shard-0",
         job="job",
         specification=json.dumps(specification),
         term=1,
@@ -196,7 +197,7 @@ def test_worker_that_never_reads_its_answers_grows_no_memory_of_the_shard(
         channel = transport.connect(coordinator.address)
         reader = transport.connect(coordinator.address)
         for name, end in (("deaf", channel), ("reader", reader)):
-            hello = Hello(worker=name, incarnation=1, job="job", layout=MODEL.fingerprint)
+            hello = Hello(worker=name, incarnation=1, job="job", layout=MODEL.fingerprint, part="shard-0")
             poll("a welcome", lambda end=end, hello=hello: ask(coordinator, end, hello, Welcome))
         values = [np.full(block.elements, 0.5, np.float32).view(np.uint8).data for block in MODEL.blocks]
         for block, value in enumerate(values):

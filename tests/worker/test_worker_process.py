@@ -25,10 +25,10 @@ from paramserver.protocol.messages import (
     LeaseDone,
     Member,
     Orders,
+    PartAddress,
+    PartOrder,
     Register,
     Registered,
-    ShardAddress,
-    ShardOrder,
     ShardReport,
     WorkerOrder,
     WorkerReport,
@@ -50,7 +50,7 @@ class PlayedCoordinator:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.addresses: dict[str, str] = {}
         self.reports: dict[str, WorkerReport | ShardReport] = {}
-        self.orders: dict[str, ShardOrder | WorkerOrder | None] = {}
+        self.orders: dict[str, PartOrder | WorkerOrder | None] = {}
         self.results: dict[int, LeaseDone] = {}
         self.exported = b""
         self._number = 0
@@ -131,7 +131,7 @@ class PlayedJob:
             }
         ).json_text()
         self.layout: Layout | None = None
-        self.placement: tuple[ShardAddress, ...] = ()
+        self.placement: tuple[PartAddress, ...] = ()
         self.next_lease = 1
 
     def order(self, stage: str, *leases: Lease, hold: int = 1000) -> None:
@@ -139,7 +139,6 @@ class PlayedJob:
             job="played",
             specification=self.specification,
             stage=stage,  # type: ignore[arg-type]
-            term=1 if self.placement else 0,
             layout=self.layout,
             placement=self.placement,
             grants=leases,
@@ -169,8 +168,9 @@ class PlayedJob:
         self.layout = played.report().layout
         assert self.layout is not None
         blocks = tuple(range(len(self.layout.blocks)))
-        self.placement = (ShardAddress("shard-0", played.addresses["shard-0"], blocks),)
-        played.orders["shard-0"] = ShardOrder(
+        self.placement = (PartAddress("shard-0", played.addresses["shard-0"], blocks),)
+        played.orders["shard-0"] = PartOrder(
+            part="shard-0",
             job="played",
             specification=self.specification,
             term=1,
@@ -300,7 +300,8 @@ def test_any_script_trains_through_attach(coordinator: PlayedCoordinator, tmp_pa
     layout = Replica(from_module(dict(model.named_parameters()))).layout
     coordinator.start("paramserver.shard", "shard-0")
     blocks = tuple(range(len(layout.blocks)))
-    coordinator.orders["shard-0"] = ShardOrder(
+    coordinator.orders["shard-0"] = PartOrder(
+        part="shard-0",
         job="script",
         specification=json.dumps(
             {"name": "script", "model": {"family": "recurrent"}, "optimizer": {"name": "sgd", "lr": 0.1}}
@@ -315,8 +316,8 @@ def test_any_script_trains_through_attach(coordinator: PlayedCoordinator, tmp_pa
         return coordinator.reports.get("shard-0", ShardReport()).job == "script"
 
     coordinator.serve_until(is_taken, "a shard with the job")
-    shards = [ShardAddress("shard-0", coordinator.addresses["shard-0"], blocks)]
-    with attach(model, shards, job="script", worker="mine", term=1) as attached:
+    shards = [PartAddress("shard-0", coordinator.addresses["shard-0"], blocks)]
+    with attach(model, shards, job="script", worker="mine") as attached:
         attached.initialise()
         attached.pull()
         losses = []

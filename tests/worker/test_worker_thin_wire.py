@@ -14,7 +14,7 @@ import torch
 from models.task import Parameter
 from paramserver.job import PushSettings
 from paramserver.protocol.memory import MemoryNetwork
-from paramserver.protocol.messages import ShardAddress, ShardOrder
+from paramserver.protocol.messages import PartAddress, PartOrder
 from paramserver.protocol.transport import Received
 from paramserver.shard.core import ShardCore
 from worker.attached import Attached
@@ -63,16 +63,24 @@ class Job:
         }
         layout = Replica([self.parameter()]).layout
         self.core.take_order(
-            ShardOrder(job="job", specification=json.dumps(specification), term=1, phase=0, layout=layout, blocks=(0,))
+            PartOrder(
+                part="shard-0",
+                job="job",
+                specification=json.dumps(specification),
+                term=1,
+                phase=0,
+                layout=layout,
+                blocks=(0,),
+            )
         )
-        placement = [ShardAddress("shard-0", self.listener.address, (0,))]
+        placement = [PartAddress("shard-0", self.listener.address, (0,))]
         codec = Codec(push.encodings(layout), 1000.0, push.error, push.error_limit)
         self.workers: list[Worker] = []
         for number in range(workers):
             replica, counters = Replica([self.parameter()]), Counters()
             identity = Identity("job", f"w{number}", 1, layout.fingerprint)
             exchange = Exchange(
-                self.network, placement, identity, 1, replica, codec, counters, clock=lambda: self.network.now
+                self.network, placement, identity, replica, codec, counters, clock=lambda: self.network.now
             )
             self.workers.append(Worker(replica, exchange, counters))
         self.workers[0].exchange.initialise()

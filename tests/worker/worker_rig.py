@@ -12,7 +12,7 @@ from torch import Tensor
 from models.task import Evaluation, Parameter, Step
 from paramserver.job import PushSettings
 from paramserver.protocol.memory import MemoryNetwork
-from paramserver.protocol.messages import Lease, LeaseDone, Member, Message, Push, ShardAddress, ShardOrder
+from paramserver.protocol.messages import Lease, LeaseDone, Member, Message, PartAddress, PartOrder, Push
 from paramserver.protocol.transport import Received
 from paramserver.shard.core import Reply, ShardCore
 from worker.client import Identity
@@ -93,7 +93,7 @@ class Rig:
         self.blocks = ((0, 2), (1,))
         self.order(members=members)
         self.placement = [
-            ShardAddress(shard.core.name, shard.listener.address, blocks)
+            PartAddress(shard.core.name, shard.listener.address, blocks)
             for shard, blocks in zip(self.shards, self.blocks, strict=True)
         ]
         self.counters = Counters()
@@ -106,7 +106,8 @@ class Rig:
 
     def order(self, term: int = 1, members: tuple[str, ...] = ()) -> None:
         for shard, blocks in zip(self.shards, self.blocks, strict=True):
-            order = ShardOrder(
+            order = PartOrder(
+                part=shard.core.name,
                 job="job",
                 specification=self.specification,
                 term=term,
@@ -122,7 +123,6 @@ class Rig:
             self.network,
             self.placement,
             Identity("job", worker, 1, self.layout.fingerprint),
-            1,
             replica or self.replica,
             Codec(self.push.encodings(self.layout), DEADLINE_SECONDS),
             self.counters,

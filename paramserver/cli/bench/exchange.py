@@ -22,7 +22,7 @@ from paramserver.cli.bench.choices import Ways, synthetic_job
 from paramserver.cli.bench.crew import START_SECONDS, Child, Crew, Line, MeasurementError, cpu_seconds, say_all
 
 if TYPE_CHECKING:
-    from paramserver.protocol.messages import ShardAddress, ShardReport
+    from paramserver.protocol.messages import PartAddress, ShardReport
     from worker.attached import Attached
 
 LOOPBACK = "tcp://127.0.0.1:0"
@@ -137,14 +137,14 @@ def start_shards(
     listen: str = LOOPBACK,
     start: Callable[..., Child] = Crew.start,
     state: str = "",
-) -> tuple[list[Child], list[ShardAddress]]:
+) -> tuple[list[Child], list[PartAddress]]:
     """Shard processes that serve a model of these parameters, blocks balanced by bytes, and where they are.
 
     `start` may start them elsewhere; it is called like Crew.start. `state` is a folder for the journals of a
     specification that wants them.
     """
     from paramserver.coordinator.placement import balance
-    from paramserver.protocol.messages import ShardAddress
+    from paramserver.protocol.messages import PartAddress
 
     placed = balance(layout_of(shapes), [f"shard-{number:03d}" for number in range(count)], count)
     servers = [
@@ -153,7 +153,7 @@ def start_shards(
     ]
     addresses = crew.hear(servers, "to listen")
     return servers, [
-        ShardAddress(name, address, blocks) for (name, blocks), address in zip(placed.items(), addresses, strict=True)
+        PartAddress(name, address, blocks) for (name, blocks), address in zip(placed.items(), addresses, strict=True)
     ]
 
 
@@ -171,7 +171,7 @@ def serve_shard(
 
     from paramserver.job import Job
     from paramserver.process import StopRequest, identify
-    from paramserver.protocol.messages import Register, Registered, ShardOrder
+    from paramserver.protocol.messages import PartOrder, Register, Registered
     from paramserver.protocol.transport import Received
     from paramserver.protocol.zeromq import ZeroMQTransport
     from paramserver.shard.core import ShardCore
@@ -185,7 +185,9 @@ def serve_shard(
     imported = _peak_megabytes()
     core, journal = ShardCore(name), None
     layout = layout_of(shapes)
-    order = ShardOrder(job="bench", specification=specification, term=1, phase=0, layout=layout, blocks=blocks)
+    order = PartOrder(
+        part=name, job="bench", specification=specification, term=1, phase=0, layout=layout, blocks=blocks
+    )
     if job.durability.log != "none":
         serving, journal = JournalHome(Path(state), name).open(order)
         core.adopt(serving)
@@ -195,7 +197,8 @@ def serve_shard(
     transport, others = ZeroMQTransport(is_insecure=True), ZeroMQTransport()
     coordinator = others.listen(LOOPBACK)
     introduction = Register(role="shard", name=name, pid=os.getpid())
-    server = ShardServer(core, transport, listen, coordinator.address, introduction, journal=journal)
+    server = ShardServer(transport, listen, coordinator.address, introduction)
+    server.hold(core, journal)
     line.say(server.address)
 
     def answer() -> None:
@@ -215,7 +218,8 @@ def serve_shard(
     others.close()
 
 
-def _figures(report: ShardReport, imported_megabytes: float) -> dict[str, float]:
+def _figures(whole: ShardReport, imported_megabytes: float) -> dict[str, float]:
+    (report,) = whole.parts
     counted = {name: float(getattr(report, name)) for name in REPORTED}
     for way in ("push", "pull"):
         own = [row for row in report.traffic if row.way == way]
@@ -239,7 +243,7 @@ def _peak_megabytes() -> float:
 
 
 def cycling_worker(
-    line: Line, number: int, addresses: Sequence[ShardAddress], shapes: Shapes, push: Mapping[str, Any]
+    line: Line, number: int, addresses: Sequence[PartAddress], shapes: Shapes, push: Mapping[str, Any]
 ) -> None:
     """A worker process that pushes the same gradients and pulls, as often as it can; see `run_cycles`."""
     with attach_synthetic(number, addresses, shapes, push) as (attached, gradients):
@@ -250,7 +254,7 @@ def cycling_worker(
 
 @contextmanager
 def attach_synthetic(
-    number: int, addresses: Sequence[ShardAddress], shapes: Shapes, push: Mapping[str, Any]
+    number: int, addresses: Sequence[PartAddress], shapes: Shapes, push: Mapping[str, Any]
 ) -> Iterator[tuple[Attached, Mapping[str, Any]]]:
     """A model of zeros, attached as worker `number`, and seeded gradients (name -> tensor) for it.
 
@@ -276,7 +280,6 @@ def attach_synthetic(
         addresses,
         job="bench",
         worker=f"worker-{number}",
-        term=1,
         push=PushSettings.model_validate({"settling_updates": 0, **push}),
     ) as attached:
         yield attached, gradients

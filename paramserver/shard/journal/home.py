@@ -1,11 +1,12 @@
-"""Where a shard process keeps its journals: a folder a job under the shard's name, and only that of the last job."""
+"""Where a shard process keeps its journals: a folder a job and part under the shard's name, and only those of the last
+job."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
-from paramserver.protocol.messages import ShardOrder
+from paramserver.protocol.messages import PartOrder
 from paramserver.shard.journal.keeper import ShardJournal, open_journal
 from paramserver.shard.journal.layout import JournalError
 from paramserver.shard.journal.storage import OsFolder, remove_others
@@ -26,14 +27,14 @@ class JournalHome:
             raise JournalError(f"--name {shard!r} cannot be the name of a folder under --state; choose another name")
         self._root = state / shard
 
-    def open(self, order: ShardOrder) -> tuple[Serving, ShardJournal]:
+    def open(self, order: PartOrder) -> tuple[Serving, ShardJournal]:
         """What is kept of the order's job, or a fresh state, and its journal; other jobs' are removed.
 
         May take seconds: not for the loop's thread. Raises JournalError for whatever is in the way.
         """
         try:
             remove_others(self._root, order.job)
-            folder = self._hold(order.job)
+            folder = self._hold(self._root / order.job / order.part)
             try:
                 return open_journal(folder, order)
             except BaseException:
@@ -41,19 +42,20 @@ class JournalHome:
                 raise
         except OSError as error:
             raise JournalError(
-                f"{self._root / order.job}: cannot be used for the journal: {error.strerror or error}; "
+                f"{self._root / order.job / order.part}: cannot be used for the journal: {error.strerror or error}; "
                 "make room, mend its permissions, or start the shard with another --state"
             ) from None
 
-    def _hold(self, job: str) -> OsFolder:
+    @staticmethod
+    def _hold(path: Path) -> OsFolder:
         deadline = time.monotonic() + HELD_SECONDS
         while True:
             try:
-                return OsFolder(self._root / job)
+                return OsFolder(path)
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise JournalError(
-                        f"{self._root / job}: another process holds this journal for more than {HELD_SECONDS:.0f} s; "
+                        f"{path}: another process holds this journal for more than {HELD_SECONDS:.0f} s; "
                         "end it: two shards of one name cannot both go on"
                     ) from None
                 time.sleep(LOOK_SECONDS)

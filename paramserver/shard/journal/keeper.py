@@ -15,7 +15,7 @@ from msgspec import structs
 from paramserver.encoding.base import Bytes
 from paramserver.job import Job
 from paramserver.process import log
-from paramserver.protocol.messages import ShardOrder
+from paramserver.protocol.messages import PartOrder
 from paramserver.shard.journal.layout import JournalError
 from paramserver.shard.journal.records import AnyRecord, TakenUp
 from paramserver.shard.journal.replay import kept, replay, restored
@@ -154,7 +154,7 @@ class ShardJournal:
         self._folder.close()
 
 
-def open_journal(folder: Folder, order: ShardOrder, in_background: bool = True) -> tuple[Serving, ShardJournal]:
+def open_journal(folder: Folder, order: PartOrder, in_background: bool = True) -> tuple[Serving, ShardJournal]:
     """The state that a folder holds of the order's job, or a fresh one where it is empty, with its journal.
 
     Bit-identical to what was committed before the last process ended, or to something after it that was not
@@ -195,7 +195,7 @@ def open_journal(folder: Folder, order: ShardOrder, in_background: bool = True) 
     return serving, journal
 
 
-def _must_fit(folder: Folder, written: ShardOrder, order: ShardOrder) -> None:
+def _must_fit(folder: Folder, written: PartOrder, order: PartOrder) -> None:
     for what, found, wanted in (
         ("job", written.job, order.job),
         ("specification", written.specification, order.specification),

@@ -14,7 +14,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from paramserver.encoding.base import Bytes
-from paramserver.protocol.messages import BlockUpdate, Member, Push, ShardOrder
+from paramserver.protocol.messages import BlockUpdate, Member, PartOrder, Push
 
 # What came of an applied update in the published replica of its block: one of three, and whether the block is still.
 NOT_DUE, PUBLISHED, HELD_BACK = 0, 1, 2
@@ -36,7 +36,7 @@ class Record(Struct, frozen=True, array_like=True):
 class TakenUp(Record, frozen=True, tag=1):
     """The job was taken up with nothing but zeros; `build` names what computes (see `keeper.this_build`)."""
 
-    order: ShardOrder
+    order: PartOrder
     build: str
 
 

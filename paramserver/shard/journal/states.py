@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from paramserver.protocol.messages import ShardOrder, StalenessRow, TrafficRow
+from paramserver.protocol.messages import PartOrder, StalenessRow, TrafficRow
 
 FORMAT = 1
 
@@ -80,7 +80,7 @@ class TelemetryState(Struct, frozen=True):
 class State(Struct, frozen=True):
     """All of a shard's state for one job, but for its arrays, connections and parked pulls."""
 
-    order: ShardOrder
+    order: PartOrder
     has_trained: bool
     blocks: tuple[BlockState, ...]
     publishing: PublishingState
