@@ -25,7 +25,9 @@ from paramserver.protocol.messages import (
     Message,
     Orders,
     PartOrder,
+    PartReport,
     Register,
+    ShardOrder,
     ShardReport,
     StalenessRow,
     WorkerOrder,
@@ -64,11 +66,12 @@ class FakeShard:
 
     def report(self) -> ShardReport:
         if self.failed:
-            return ShardReport(job="job", failed=self.failed)
+            return ShardReport((PartReport(self.name, "job", failed=self.failed),))
         if self.order is None:
             return ShardReport()
         blocks = len(self.order.blocks)
-        return ShardReport(
+        part = PartReport(
+            part=self.name,
             job=self.order.job,
             term=self.order.term,
             blocks=blocks,
@@ -76,13 +79,14 @@ class FakeShard:
             updates=7,
             staleness=(StalenessRow("worker-0", "one", (3, 4), 4),),
         )
+        return ShardReport((part,))
 
     def obey(self, message: Message, now: float) -> None:
         orders = self.membership.hear(message, now)
         if orders is None:
             return
-        order = orders.order
-        assert order is None or isinstance(order, PartOrder)
+        assert orders.order is None or isinstance(orders.order, ShardOrder)
+        order = orders.order.parts[0] if orders.order else None
         if order is None or self.order is None or order.job != self.order.job:
             self.initialised = set(self.journal)
         self.order = order
@@ -176,7 +180,7 @@ class FakeWorker:
                 if not self.order.placement:
                     continue
                 for shard in self.order.placement:
-                    cluster.shard(shard.shard).initialised.update(shard.blocks)
+                    cluster.shard(shard.part).initialised.update(shard.blocks)
             if lease.kind == "export":
                 part = ExportPart(
                     name=self.name,
@@ -277,8 +281,8 @@ class Cluster:
                     process = self.processes.get(self.peers.get(effect.peer, ""))
                     if process is not None:
                         process.obey(effect.message, self.now)
-                    if isinstance(effect.message, Orders) and isinstance(effect.message.order, PartOrder):
-                        self.members.add(tuple(member.worker for member in effect.message.order.members))
+                    if isinstance(effect.message, Orders) and isinstance(effect.message.order, ShardOrder):
+                        self.members.add(tuple(member.worker for member in effect.message.order.parts[0].members))
                 case StorePart():
                     if effect.offset == 0:
                         self.model.clear()

@@ -104,7 +104,7 @@ def test_job_runs_to_its_end_with_keys_and_every_address_carries_its_shards_key(
     cluster.run(60.0, until="training")
     order = cluster.worker("worker-0").order
     assert order is not None
-    assert {shard.shard: shard.key for shard in order.placement} == {
+    assert {part.part: part.key for part in order.placement} == {
         "shard-0": "key of shard-0",
         "shard-1": "key of shard-1",
     }

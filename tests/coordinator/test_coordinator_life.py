@@ -24,6 +24,7 @@ from paramserver.protocol.messages import (
     Heartbeat,
     LeaseDone,
     Orders,
+    PartReport,
     Refusal,
     ShardReport,
     StalenessRow,
@@ -333,6 +334,11 @@ def test_export_called_done_without_its_bytes_fails_the_job(cluster: Cluster) ->
     assert "before its bytes had arrived" in cluster.reason()
 
 
+def counting(report: ShardReport) -> ShardReport:
+    """The same with 1,000 updates in each part."""
+    return ShardReport(tuple([msgspec.structs.replace(part, updates=1000) for part in report.parts]))
+
+
 def test_result_holds_what_the_shards_counted_last(cluster: Cluster) -> None:
     """Training may end within one heartbeat of a shard: its last updates belong to the result."""
     cluster.submit()
@@ -340,9 +346,9 @@ def test_result_holds_what_the_shards_counted_last(cluster: Cluster) -> None:
     for name in ("shard-0", "shard-1"):
         shard = cluster.shard(name)
         earlier = shard.membership.report
-        shard.membership.report = lambda earlier=earlier: msgspec.structs.replace(earlier(), updates=1000)
+        shard.membership.report = lambda earlier=earlier: counting(earlier())
     cluster.run(30, until="done")
-    assert {shard["updates"] for shard in cluster.core.snapshot(cluster.now)["job"]["shards"].values()} == {1000}
+    assert {shard["updates"] for shard in cluster.core.snapshot(cluster.now)["job"]["parts"].values()} == {1000}
 
 
 # ------------------------------------------------------------------------------------ restarts
@@ -573,17 +579,15 @@ def test_nonsense_in_reports_is_counted_and_kills_neither_coordinator_nor_job(cl
     cluster.run(20, until="training")
     nan = float("nan")
     heartbeat(cluster, "worker-0", ShardReport())
-    heartbeat(cluster, "shard-0", ShardReport(job="job", term=9, blocks=1))
-    heartbeat(cluster, "shard-0", ShardReport(job="job", term=1, blocks=10**6, initialised_blocks=10**7))
+    heartbeat(cluster, "shard-0", ShardReport((PartReport("shard-0", "job", term=9, blocks=1),)))
+    too_many = PartReport("shard-0", "job", term=1, blocks=10**6, initialised_blocks=10**7)
+    heartbeat(cluster, "shard-0", ShardReport((too_many,)))
     rows = (StalenessRow("w", "g", (1,) * 4000, 2**61),)
     placed = cluster.shard("shard-0").order
     assert placed is not None
     blocks = len(placed.blocks)
-    heartbeat(
-        cluster,
-        "shard-0",
-        ShardReport(job="job", term=1, blocks=blocks, initialised_blocks=blocks, staleness=rows, waiting_seconds=nan),
-    )
+    absurd = PartReport("shard-0", "job", term=1, blocks=blocks, initialised_blocks=blocks, staleness=rows)
+    heartbeat(cluster, "shard-0", ShardReport((absurd,), waiting_seconds=nan))
     done = (LeaseDone(2**61), LeaseDone(1, loss_sum=nan))
     report = WorkerReport(
         job="job",

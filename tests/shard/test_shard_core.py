@@ -304,7 +304,7 @@ def test_older_term_is_ignored_and_no_order_drops_the_job() -> None:
 
 
 def test_messages_of_another_plane_are_refused() -> None:
-    assert refusal(Driver().send("w0", Welcome(shard="s", job="job", term=1))) == "not-served"
+    assert refusal(Driver().send("w0", Welcome(part="s", job="job", term=1))) == "not-served"
 
 
 # ------------------------------------------------------------------------ consistency

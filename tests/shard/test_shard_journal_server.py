@@ -25,16 +25,17 @@ from paramserver.protocol.messages import (
     Message,
     Orders,
     PartOrder,
+    PartReport,
     Push,
     Pushed,
     Register,
     Registered,
+    ShardOrder,
     ShardReport,
     Welcome,
 )
 from paramserver.protocol.transport import Buffer, Channel, Received
 from paramserver.protocol.zeromq import ZeroMQTransport
-from paramserver.shard.core import ShardCore
 from paramserver.shard.journal.home import JournalHome
 from paramserver.shard.journal.layout import JournalError, SegmentReader
 from paramserver.shard.journal.records import Pushed as PushedRecord
@@ -66,11 +67,11 @@ class Running:
         self.transport, self.own = ZeroMQTransport(), ZeroMQTransport()
         self.coordinator = self.transport.listen("tcp://127.0.0.1:0")
         self.order, self.folder = make_order(log), state
-        self.report, self.numbers = ShardReport(), count(1)
+        self.report, self.numbers = PartReport(part="shard-0", job=""), count(1)
         self.failure: BaseException | None = None
         home = None if state is None else JournalHome(state, "shard-0")
         self.server = ShardServer(
-            ShardCore("shard-0"), self.own, "tcp://127.0.0.1:0", self.coordinator.address,
+            self.own, "tcp://127.0.0.1:0", self.coordinator.address,
             Register(role="shard", name="shard-0"), home,
         )  # fmt: skip
         self.stop = StopRequest()
@@ -92,8 +93,12 @@ class Running:
                 self.coordinator.send(received.peer, answer)
             elif isinstance(received.message, Heartbeat):
                 assert isinstance(received.message.report, ShardReport)
-                self.report = received.message.report
-                self.coordinator.send(received.peer, Orders(number=next(self.numbers), order=self.order))
+                order = None if self.order is None else ShardOrder((self.order,))
+                self.report = next(iter(received.message.report.parts), PartReport(part="shard-0", job=""))
+                self.coordinator.send(
+                    received.peer,
+                    Orders(number=next(self.numbers), order=order),
+                )
 
     def until(self, what: str, is_so: Callable[[], bool]) -> None:
         deadline = monotonic() + ANSWER_SECONDS
@@ -126,7 +131,7 @@ class Running:
 
     def sequences_on_disk(self) -> list[int]:
         assert self.folder is not None
-        data = (self.folder / "shard-0" / "job" / segment_name(1)).read_bytes()
+        data = (self.folder / "shard-0" / "job" / "shard-0" / segment_name(1)).read_bytes()
         records = [entry.record for entry in SegmentReader("segment", data, 1)]
         return [record.updates[0].sequence for record in records if isinstance(record, PushedRecord)]
 

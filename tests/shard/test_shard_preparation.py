@@ -15,11 +15,10 @@ import pytest
 from paramserver.job import Job
 from paramserver.process import StopRequest
 from paramserver.protocol.layout import Parameter, cut_layout
-from paramserver.protocol.messages import Heartbeat, Orders, PartOrder, Register, Registered, ShardReport
+from paramserver.protocol.messages import Heartbeat, Orders, PartOrder, Register, Registered, ShardOrder, ShardReport
 from paramserver.protocol.transport import Listener, Received
 from paramserver.protocol.zeromq import ZeroMQTransport
-from paramserver.shard import server as server_module
-from paramserver.shard.core import ShardCore
+from paramserver.shard import part as part_module
 from paramserver.shard.preparation import Preparation
 from paramserver.shard.server import ShardServer
 from paramserver.shard.serving import prepare
@@ -45,7 +44,7 @@ def reports(listener: Listener, seconds: float = 30.0) -> Any:
             registered = Registered(incarnation=1, heartbeat_seconds=0.02, session_seconds=3.0)
             listener.send(received.peer, registered)
         elif isinstance(received.message, Heartbeat):
-            listener.send(received.peer, Orders(number=1, order=order()))
+            listener.send(received.peer, Orders(number=1, order=ShardOrder((order(),))))
             assert isinstance(received.message.report, ShardReport)
             yield received.message
     pytest.fail("the shard fell silent")
@@ -58,22 +57,22 @@ def test_a_shard_beats_while_it_compiles_and_then_serves(monkeypatch: pytest.Mon
         is_compiling.set()
         assert may_end.wait(30)
 
-    monkeypatch.setattr(server_module, "Preparation", lambda order, home: Preparation(order, home, slow))
+    monkeypatch.setattr(part_module, "Preparation", lambda order, home: Preparation(order, home, slow))
     transport, own, stop = ZeroMQTransport(), ZeroMQTransport(), StopRequest()
     coordinator = transport.listen("tcp://127.0.0.1:0")
     introduction = Register(role="shard", name="shard-0")
-    shard = ShardServer(ShardCore("shard-0"), own, "tcp://127.0.0.1:0", coordinator.address, introduction)
+    shard = ShardServer(own, "tcp://127.0.0.1:0", coordinator.address, introduction)
     thread = threading.Thread(target=shard.run, args=(stop,))
     thread.start()
     try:
         heard = reports(coordinator)
-        assert next(beat for beat in heard if is_compiling.is_set()).report.job == ""
+        assert next(beat for beat in heard if is_compiling.is_set()).report.parts == ()
         for _ in range(10):
             beat = next(heard)
-            assert beat.report.job == "", "it may not say that it serves what it cannot serve yet"
+            assert beat.report.parts == (), "it may not say that it serves what it cannot serve yet"
         assert beat.seen == 1
         may_end.set()
-        assert next(beat for beat in heard if beat.report.job == "job").report.blocks == 1
+        assert next(beat for beat in heard if beat.report.parts).report.parts[0].blocks == 1
     finally:
         may_end.set()
         stop.set("the test is over")

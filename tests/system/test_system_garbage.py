@@ -37,6 +37,7 @@ from paramserver.protocol.messages import (
     Push,
     Register,
     Registered,
+    ShardOrder,
     Tick,
     Want,
     Welcome,
@@ -143,7 +144,7 @@ class Coordinator:
                     answer: Message = Registered(incarnation=1, heartbeat_seconds=0.2, session_seconds=3.0)
                 case Heartbeat() as beat:
                     self.dropped = beat.report.dropped  # type: ignore[union-attr]
-                    answer = Orders(number=beat.seen + 1, order=self.order)
+                    answer = Orders(number=beat.seen + 1, order=ShardOrder((self.order,)))
                 case _:
                     raise AssertionError(received.message)
             self.listener.send(received.peer, answer)

@@ -100,7 +100,7 @@ def test_a_damaged_journal_fails_the_job_and_says_where_it_is_damaged(
     job = _submit(cluster, tiny_job("damaged", log="journal", epochs=100))
     poll("the worker to train", _has_trained(cluster, KILL_STEPS), 90)
     cluster.kill("shard-0")
-    (segment,) = (cluster.directory / "state" / "shards" / "shard-0" / job).glob("segment-*.log")
+    (segment,) = (cluster.directory / "state" / "shards" / "shard-0" / job / "shard-0").glob("segment-*.log")
     content = bytearray(segment.read_bytes())
     content[len(content) // 2] ^= 0x10
     segment.write_bytes(content)

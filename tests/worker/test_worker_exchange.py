@@ -238,7 +238,7 @@ def test_push_waits_for_the_term_of_a_new_order() -> None:
     def learn_the_term() -> None:
         asked.append(rig.network.now)
         if len(asked) == 8:
-            rig.exchange.follow(2)
+            rig.exchange.follow([msgspec.structs.replace(part, term=2) for part in rig.placement])
 
     rig.guard = learn_the_term
     rig.step(seed=2, step=2)
@@ -493,7 +493,7 @@ def test_a_shard_that_is_back_at_another_address_gets_what_it_did_not_answer_and
     rig.shards[0] = back
     old.listener.close()
     placement = [msgspec.structs.replace(rig.placement[0], address=back.listener.address), rig.placement[1]]
-    rig.exchange.follow(1, placement)
+    rig.exchange.follow(placement)
     rig.exchange.settle()
     rig.step(3, 3)
     assert rig.updates() == 3 * len(rig.layout.blocks)

@@ -29,6 +29,7 @@ from paramserver.protocol.messages import (
     PartOrder,
     Register,
     Registered,
+    ShardOrder,
     ShardReport,
     WorkerOrder,
     WorkerReport,
@@ -50,7 +51,7 @@ class PlayedCoordinator:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.addresses: dict[str, str] = {}
         self.reports: dict[str, WorkerReport | ShardReport] = {}
-        self.orders: dict[str, PartOrder | WorkerOrder | None] = {}
+        self.orders: dict[str, ShardOrder | WorkerOrder | None] = {}
         self.results: dict[int, LeaseDone] = {}
         self.exported = b""
         self._number = 0
@@ -169,15 +170,19 @@ class PlayedJob:
         assert self.layout is not None
         blocks = tuple(range(len(self.layout.blocks)))
         self.placement = (PartAddress("shard-0", played.addresses["shard-0"], blocks),)
-        played.orders["shard-0"] = PartOrder(
-            part="shard-0",
-            job="played",
-            specification=self.specification,
-            term=1,
-            phase=0,
-            layout=self.layout,
-            blocks=blocks,
-            members=(Member("worker-0", 1),),
+        played.orders["shard-0"] = ShardOrder(
+            (
+                PartOrder(
+                    part="shard-0",
+                    job="played",
+                    specification=self.specification,
+                    term=1,
+                    phase=0,
+                    layout=self.layout,
+                    blocks=blocks,
+                    members=(Member("worker-0", 1),),
+                ),
+            )
         )
         self.run("initialise", [lease])
 
@@ -245,7 +250,7 @@ def test_job_taken_away_in_the_middle_of_training_and_given_back_goes_on(
     def refusals() -> dict[str, int]:
         report = coordinator.reports["shard-0"]
         assert isinstance(report, ShardReport)
-        return report.refusals
+        return report.parts[0].refusals
 
     assert job.layout is not None
     blocks = len(job.layout.blocks)
@@ -300,20 +305,25 @@ def test_any_script_trains_through_attach(coordinator: PlayedCoordinator, tmp_pa
     layout = Replica(from_module(dict(model.named_parameters()))).layout
     coordinator.start("paramserver.shard", "shard-0")
     blocks = tuple(range(len(layout.blocks)))
-    coordinator.orders["shard-0"] = PartOrder(
-        part="shard-0",
-        job="script",
-        specification=json.dumps(
-            {"name": "script", "model": {"family": "recurrent"}, "optimizer": {"name": "sgd", "lr": 0.1}}
-        ),
-        term=1,
-        phase=0,
-        layout=layout,
-        blocks=blocks,
+    coordinator.orders["shard-0"] = ShardOrder(
+        (
+            PartOrder(
+                part="shard-0",
+                job="script",
+                specification=json.dumps(
+                    {"name": "script", "model": {"family": "recurrent"}, "optimizer": {"name": "sgd", "lr": 0.1}}
+                ),
+                term=1,
+                phase=0,
+                layout=layout,
+                blocks=blocks,
+            ),
+        )
     )
 
     def is_taken() -> bool:
-        return coordinator.reports.get("shard-0", ShardReport()).job == "script"
+        report = coordinator.reports.get("shard-0")
+        return isinstance(report, ShardReport) and [part.job for part in report.parts] == ["script"]
 
     coordinator.serve_until(is_taken, "a shard with the job")
     shards = [PartAddress("shard-0", coordinator.addresses["shard-0"], blocks)]
