@@ -37,12 +37,12 @@ REPORTED = (  # of a shard's report: what only grows
     "updates",
     "bytes_in",
     "bytes_out",
-    "waiting_seconds",
-    "working_seconds",
     "journal_bytes",
 )
 COUNTED = (
     *REPORTED,
+    "waiting_seconds",
+    "working_seconds",
     "push_payload_bytes",
     "push_elements",
     "pull_payload_bytes",
@@ -221,6 +221,7 @@ def serve_shard(
 def _figures(whole: ShardReport, imported_megabytes: float) -> dict[str, float]:
     (report,) = whole.parts
     counted = {name: float(getattr(report, name)) for name in REPORTED}
+    counted |= {"waiting_seconds": whole.waiting_seconds, "working_seconds": whole.working_seconds}
     for way in ("push", "pull"):
         own = [row for row in report.traffic if row.way == way]
         counted[f"{way}_payload_bytes"] = float(sum(row.payload_bytes for row in own))
