@@ -197,6 +197,7 @@ class OptimizerSettings(_Section):
 class Durability(_Section):
     log: Literal["none", "journal", "journal+fsync"] = "none"  # what is acknowledged survives: the shard, the machine
     backups: Annotated[int, Field(ge=0)] = 0
+    keep: Literal["needed", "all"] = "needed"  # all: the whole journal, to be replayed after the job
 
     @field_validator("backups")
     @classmethod
@@ -206,6 +207,12 @@ class Durability(_Section):
                 f"backups are not supported yet, found {backups}; use 0, and log 'journal' to survive a death"
             )
         return backups
+
+    @model_validator(mode="after")
+    def _has_what_it_keeps(self) -> Self:
+        if self.keep == "all" and self.log == "none":
+            raise ValueError("durability.keep 'all' keeps the journal, but durability.log is 'none'; use log 'journal'")
+        return self
 
 
 class Routing(_Section):

@@ -84,6 +84,7 @@ def _train(job: Job, directory: Path, runs: Path, threads: int, stop: StopReques
     """The result of the job, or {"state": "cancelled"} where a stop came before there was one."""
     from deploy.api import Api, ApiError
     from deploy.local import EngineError, LocalCluster, StoppedEarlyError, Topology
+    from paramserver.cli.replay import take_journals
     from paramserver.status.access import make_token
 
     # It reads whatever its user can, so that nobody else of this machine may ask it for anything.
@@ -106,8 +107,10 @@ def _train(job: Job, directory: Path, runs: Path, threads: int, stop: StopReques
             with Api(cluster.url, token=token) as api:
                 job_id = api.submit(job.json_text())["id"]
                 _follow(cluster, api, job_id, stop, progress)
-            progress.close()
-            return _result(runs / job_id)
+        if job.durability.keep == "all":
+            take_journals(directory / "state" / "shards", runs / job_id)  # closed by now
+        progress.close()
+        return _result(runs / job_id)
     except StoppedEarlyError:
         return {"job": job.name, "state": "cancelled", "reason": "stopped while the cluster was starting"}
     except (EngineError, ApiError) as error:

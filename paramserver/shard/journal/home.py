@@ -1,11 +1,12 @@
 """Where a shard process keeps its journals: a folder a job and part under the shard's name, and only those of the last
-job."""
+job, but for jobs whose `durability.keep` is "all"."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
+from paramserver.job import Job
 from paramserver.protocol.messages import PartOrder
 from paramserver.shard.journal.keeper import ShardJournal, open_journal
 from paramserver.shard.journal.layout import JournalError
@@ -14,6 +15,7 @@ from paramserver.shard.serving import Serving
 
 HELD_SECONDS = 5.0  # how long a predecessor that is ending may still hold its folder
 LOOK_SECONDS = 0.1
+KEPT = "kept"  # a file that spares a job's folder when the next job is taken up
 
 
 class JournalHome:
@@ -33,9 +35,11 @@ class JournalHome:
         May take seconds: not for the loop's thread. Raises JournalError for whatever is in the way.
         """
         try:
-            remove_others(self._root, order.job)
+            remove_others(self._root, order.job, KEPT)
             folder = self._hold(self._root / order.job / order.part)
             try:
+                if Job.model_validate_json(order.specification).durability.keep == "all":
+                    (self._root / order.job / KEPT).touch()
                 return open_journal(folder, order)
             except BaseException:
                 folder.close()

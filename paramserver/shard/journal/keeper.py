@@ -49,6 +49,7 @@ class ShardJournal:
         self._folder = folder
         self._log = log
         self._in_background = in_background
+        self._keeps_all = serving.job.durability.keep == "all"
         self._snapshots = SnapshotWriter(folder)
         self._sealing: Thread | None = None
         self._sealed: int | None = None  # the number of a snapshot that is durable and whose segments can go
@@ -132,6 +133,8 @@ class ShardJournal:
         number, self._sealed = self._sealed, None
         if number is not None:
             self.snapshots += 1
+            if self._keeps_all:
+                return
             try:
                 self._log.remove_before(number + 1)
             except OSError as error:

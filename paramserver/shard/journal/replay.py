@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from msgspec import structs
 
 from paramserver.encoding.base import Bytes
+from paramserver.protocol.messages import PartOrder
 from paramserver.shard.journal.layout import Entry, JournalError
 from paramserver.shard.journal.records import (
     FirstValues,
@@ -37,9 +38,9 @@ def kept(serving: Serving) -> tuple[State, Arrays]:
     return state, arrays
 
 
-def restored(state: State, arrays: Arrays) -> Serving:
-    """A shard's state from what was kept."""
-    serving = Serving(state.order)
+def restored(state: State, arrays: Arrays, make: Callable[[PartOrder], Serving] = Serving) -> Serving:
+    """A shard's state from what was kept; `make` is what it is restored into."""
+    serving = make(state.order)
     for block in state.blocks:
         serving.blocks[block.index].restore(block, arrays)
     serving.publishing.restore(state.publishing, arrays, serving.blocks)

@@ -133,11 +133,11 @@ class OsFolder:
         os.close(self._descriptor)
 
 
-def remove_others(parent: Path, keep: str) -> None:
-    """Remove the folders beside `keep`: the journals of jobs that are over. Raises OSError."""
+def remove_others(parent: Path, keep: str, spared: str) -> None:
+    """Remove the folders beside `keep`, but for those that hold a file `spared`. Raises OSError."""
     if parent.is_dir():
         for folder in parent.iterdir():
-            if folder.is_dir() and folder.name != keep:
+            if folder.is_dir() and folder.name != keep and not (folder / spared).exists():
                 shutil.rmtree(folder)
 
 
