@@ -26,6 +26,7 @@ from paramserver.protocol.messages import (
     Pulled,
     Push,
     Pushed,
+    Replicate,
 )
 from paramserver.protocol.transport import MAX_MESSAGE_BYTES, Buffer
 
@@ -55,7 +56,7 @@ _FRAMES: dict[type[Message], Callable[[Any], int]] = {kind: lambda message: 0 fo
 _FRAMES[Push] = lambda message: len(message.updates)
 _FRAMES[Initialise] = lambda message: len(message.blocks)
 _FRAMES[Pulled] = _FRAMES[Pushed] = lambda message: sum([value.frames for value in message.values])
-_FRAMES[ExportPart] = lambda message: 1
+_FRAMES[ExportPart] = _FRAMES[Replicate] = lambda message: 1
 
 _WANTING = Push, Pull
 

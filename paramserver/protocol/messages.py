@@ -4,6 +4,7 @@ A message is a head (these fields) and raw frames (tensor bytes) that travel bes
 of each class says which frames it takes. Two planes share this file:
 
 * data:    worker <-> shard        Hello, Push, Pull, Tick, Initialise and their replies
+           shard <-> shard         Replicate and Stored: a part's journal on its way to the backup
 * control: process <-> coordinator Register, Heartbeat and their replies
 
 The control plane is *level triggered*: a heartbeat says what a process is and holds, its reply says
@@ -50,6 +51,7 @@ RefusalCode = Literal[
     "name-taken",  # a live process carries this name
     "wrong-key",  # the name, or the incarnation, belongs to a process with another key
     "not-served",  # a message that this process never takes
+    "other-build",  # a backup whose packages or CPU would compute other bits than its primary
 ]
 
 
@@ -222,6 +224,41 @@ class Refusal(Message, frozen=True, kw_only=True, tag="refusal"):
     request: Count = 0
     code: RefusalCode
     detail: Text
+
+
+# --------------------------------------------------------------------- between two shard processes
+
+
+class Replicate(Message, frozen=True, kw_only=True, tag="replicate"):
+    """A piece of a part's journal, from its primary to its backup; frames: one, the bytes, perhaps none of them.
+
+    A *line* is one unbroken stream of bytes: a snapshot, or none where the journal is young, and then every record
+    after it, as it lies in the primary's segments. A line is cut into chunks, of which a large one travels in several
+    pieces. What has no bytes only asks what the backup has.
+    """
+
+    part: Name
+    job: Name
+    term: Count  # under which the sender serves the part
+    shard: Name  # the sender; with its incarnation and `line` it names the stream
+    incarnation: Count
+    line: Count
+    ask: Count  # repeated in the answer
+    at: Count = 0  # of the piece in the line, bytes
+    kind: Literal["records", "manifest", "arrays"] = "records"
+    begin: Count = 0  # of its chunk in the line, bytes
+    chunk_bytes: Count = 0
+    record: Count = 0  # number of the last record in the chunk, or in the snapshot
+
+
+class Stored(Message, frozen=True, kw_only=True, tag="stored"):
+    """The answer to Replicate: what the backup has of the sender's line; `line` is 0 where it has none of this sender."""
+
+    part: Name
+    line: Count
+    ask: Count
+    received: Count  # bytes of the line, without a gap
+    record: Count  # the last one that is as durable here as the job asks for; 0: none
 
 
 # ------------------------------------------------------------------------------- control plane
@@ -411,6 +448,9 @@ class PartReport(Struct, frozen=True, array_like=True):
     record: Count = 0  # number of the last record in its journal; 0 without a journal
     stored: Count = 0  # of a primary: the last record that its backup has stored, now
     is_synced: bool = False  # of a primary: its backup has caught up, and nothing is acknowledged without it
+    partner: Text = ""  # of a primary: the shard that `stored` and `is_synced` are about ...
+    partner_incarnation: Count = 0  # ... and its incarnation
+    waiting_for: Text = ""  # why a primary acknowledges nothing now, where that is not its own disk
 
 
 class ShardReport(Struct, frozen=True, array_like=True, tag="shard-report"):
@@ -515,6 +555,8 @@ AnyMessage = (
     | Initialise
     | Initialised
     | Refusal
+    | Replicate
+    | Stored
     | Register
     | Registered
     | Heartbeat

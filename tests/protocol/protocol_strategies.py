@@ -17,6 +17,7 @@ from paramserver.protocol.messages import (
     Pulled,
     Push,
     Pushed,
+    Replicate,
 )
 
 
@@ -76,6 +77,6 @@ def frames_of(message: Message) -> int:
             return len(message.blocks)
         case Pulled() | Pushed():
             return sum(value.frames for value in message.values)
-        case ExportPart():
+        case ExportPart() | Replicate():
             return 1
     return 0
