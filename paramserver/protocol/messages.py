@@ -252,7 +252,7 @@ class Replicate(Message, frozen=True, kw_only=True, tag="replicate"):
 
 
 class Stored(Message, frozen=True, kw_only=True, tag="stored"):
-    """The answer to Replicate: what the backup has of the sender's line; `line` is 0 where it has none of this sender."""
+    """The answer to Replicate: what the backup has of the sender's line; `line` is 0 where it has none of it."""
 
     part: Name
     line: Count

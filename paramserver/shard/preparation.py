@@ -8,9 +8,10 @@ from threading import Lock, Thread
 
 from paramserver.job import Job
 from paramserver.protocol.messages import PartOrder
-from paramserver.shard.journal.home import JournalHome
+from paramserver.shard.journal.home import Home
 from paramserver.shard.journal.keeper import ShardJournal
 from paramserver.shard.journal.layout import JournalError
+from paramserver.shard.journal.storage import Folder
 from paramserver.shard.serving import Serving, prepare
 
 
@@ -22,13 +23,14 @@ class Preparation:
     """
 
     def __init__(
-        self, order: PartOrder, home: JournalHome | None = None, compile_for: Callable[[Job], None] = prepare
+        self, order: PartOrder, home: Home | None = None, compile_for: Callable[[Job], None] = prepare
     ) -> None:
         self.order = order
         self._home = home
         self._compile_for = compile_for
         self._failure: BaseException | None = None
         self._opened: tuple[Serving, ShardJournal] | None = None
+        self._folder: Folder | None = None  # of a backup
         self._is_abandoned = False
         self._lock = Lock()
         # Not a daemon: the interpreter may not end under a running compiler.
@@ -48,13 +50,24 @@ class Preparation:
         opened, self._opened = self._opened, None
         return opened
 
+    def take_folder(self) -> Folder:
+        """When it is over, and the order is a backup's: where its records go."""
+        folder, self._folder = self._folder, None
+        assert folder is not None
+        return folder
+
     def abandon(self) -> None:
         """Nobody will take it: let go of the journal, now or as soon as it is open."""
         with self._lock:
             self._is_abandoned = True
-            opened = self.take()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        opened, folder = self.take(), self._folder
         if opened is not None:
             opened[1].close()
+        if folder is not None:
+            folder.close()
 
     def _run(self, order: PartOrder) -> None:
         try:
@@ -67,11 +80,11 @@ class Preparation:
                     f"job {order.job!r} wants durability.log {job.durability.log!r}, but this shard was given no "
                     "folder to keep it in; start it with --state FOLDER, or use durability.log 'none'"
                 )
-            opened = self._home.open(order)
+            opened = self._home.open(order) if order.role == "primary" else None
+            folder = self._home.hold(order) if order.role == "backup" else None
             with self._lock:
-                if not self._is_abandoned:
-                    self._opened = opened
-                    return
-            opened[1].close()
+                self._opened, self._folder = opened, folder
+                if self._is_abandoned:
+                    self._let_go()
         except BaseException as failure:
             self._failure = failure

@@ -4,18 +4,33 @@ job, but for jobs whose `durability.keep` is "all"."""
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from paramserver.job import Job
 from paramserver.protocol.messages import PartOrder
 from paramserver.shard.journal.keeper import ShardJournal, open_journal
 from paramserver.shard.journal.layout import JournalError
-from paramserver.shard.journal.storage import OsFolder, remove_others
+from paramserver.shard.journal.storage import Folder, OsFolder, remove_others
 from paramserver.shard.serving import Serving
 
 HELD_SECONDS = 5.0  # how long a predecessor that is ending may still hold its folder
 LOOK_SECONDS = 0.1
 KEPT = "kept"  # a file that spares a job's folder when the next job is taken up
+
+
+class Home(Protocol):
+    """Where journals are. Methods may take seconds: not for the loop's thread. Raise JournalError."""
+
+    def open(self, order: PartOrder) -> tuple[Serving, ShardJournal]:
+        """What is kept of the order's part, or a fresh state, and its journal; other jobs' are removed."""
+        ...
+
+    def hold(self, order: PartOrder) -> Folder:
+        """The folder of the order's part, for a backup; other jobs' are removed."""
+        ...
 
 
 class JournalHome:
@@ -30,20 +45,33 @@ class JournalHome:
         self._root = state / shard
 
     def open(self, order: PartOrder) -> tuple[Serving, ShardJournal]:
-        """What is kept of the order's job, or a fresh state, and its journal; other jobs' are removed.
-
-        May take seconds: not for the loop's thread. Raises JournalError for whatever is in the way.
-        """
-        try:
-            remove_others(self._root, order.job, KEPT)
-            folder = self._hold(self._root / order.job / order.part)
+        with self._mapped(order):
+            folder = self._held(order)
             try:
-                if Job.model_validate_json(order.specification).durability.keep == "all":
-                    (self._root / order.job / KEPT).touch()
                 return open_journal(folder, order)
             except BaseException:
                 folder.close()
                 raise
+
+    def hold(self, order: PartOrder) -> Folder:
+        with self._mapped(order):
+            return self._held(order)
+
+    def _held(self, order: PartOrder) -> OsFolder:
+        remove_others(self._root, order.job, KEPT)
+        folder = self._hold(self._root / order.job / order.part)
+        try:
+            if Job.model_validate_json(order.specification).durability.keep == "all":
+                (self._root / order.job / KEPT).touch()
+        except BaseException:
+            folder.close()
+            raise
+        return folder
+
+    @contextmanager
+    def _mapped(self, order: PartOrder) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise JournalError(
                 f"{self._root / order.job / order.part}: cannot be used for the journal: {error.strerror or error}; "

@@ -27,6 +27,10 @@ from paramserver.shard.serving import Serving
 
 SNAPSHOT_RATIO = 8  # log bytes over those of a snapshot, when the next one is taken: it costs an eighth more writing
 SNAPSHOT_BYTES = 64 * 2**20  # and at least so many
+LONG_SHARE = (
+    8  # of the bytes at which a snapshot is due: with more of them one is taken before another shard copies all
+)
+MOST_LAG = 2  # times the bytes at which a snapshot is due
 AGAIN_SECONDS = 10.0  # after a snapshot that could not be taken
 
 
@@ -58,13 +62,46 @@ class ShardJournal:
         self._due_bytes = _due_bytes(kept(serving)[1])
         self._again_at = 0.0
         self.snapshots = 0
+        self.needed: int | None = None
+        """Somebody reads the segments from this record on: they stay."""
+        self.is_snapshot_read = False
+        """Somebody reads the newest snapshot: it stays, and no other one is taken."""
 
     def append(self, record: AnyRecord, frames: Sequence[Bytes] = ()) -> None:
         self._log.append(record, frames)
 
+    def append_bytes(self, records: bytes | bytearray, last: int) -> None:
+        """See `SegmentLog.append_bytes`."""
+        self._log.append_bytes(records, last)
+
     def commit(self) -> bool:
         """See `SegmentLog.commit`."""
         return self._log.commit()
+
+    @property
+    def folder(self) -> Folder:
+        """Where the files are: to be read only."""
+        return self._folder
+
+    @property
+    def end(self) -> tuple[int, int, int]:
+        """See `SegmentLog.end`."""
+        return self._log.end
+
+    @property
+    def durable(self) -> int:
+        """The last record that is as durable as the job asked for."""
+        return self._log.durable
+
+    @property
+    def is_sealing(self) -> bool:
+        """Whether a snapshot is on its way to the disk."""
+        return self._sealing is not None
+
+    @property
+    def is_long(self) -> bool:
+        """Whether what was written since the last snapshot is more than another one would be."""
+        return self._log.written_bytes - self._since > self._due_bytes // LONG_SHARE
 
     @property
     def is_durable(self) -> bool:
@@ -88,9 +125,23 @@ class ShardJournal:
     def snapshot_if_due(self, serving: Serving) -> None:
         """Bound the log. Call when everything is committed. Raises what ended the thread, but for a refusing disk."""
         self._look_after_sealing()
-        is_due = self._log.written_bytes - self._since >= self._due_bytes
-        if is_due and self._sealing is None and monotonic() >= self._again_at:
+        if self.is_due and self.may_snapshot:
             self.snapshot(serving)
+
+    @property
+    def most_lag_bytes(self) -> int:
+        """How far a backup may stay behind while the files are kept for it."""
+        return MOST_LAG * self._due_bytes
+
+    @property
+    def may_snapshot(self) -> bool:
+        """Whether a snapshot may be taken now: none is on its way, none is read, the last one did not just fail."""
+        return self._sealing is None and not self.is_snapshot_read and monotonic() >= self._again_at
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the log is so long that a snapshot must bound it."""
+        return self._log.written_bytes - self._since >= self._due_bytes
 
     def snapshot(self, serving: Serving) -> None:
         """Write a snapshot of the present state, all of which is committed; it is made durable meanwhile."""
@@ -136,7 +187,7 @@ class ShardJournal:
             if self._keeps_all:
                 return
             try:
-                self._log.remove_before(number + 1)
+                self._log.remove_before(number + 1 if self.needed is None else min(number + 1, self.needed))
             except OSError as error:
                 log("segments-kept", level="warning", folder=self._folder.path, reason=error)
 
@@ -150,11 +201,15 @@ class ShardJournal:
             log("snapshot-left", level="warning", folder=self._folder.path, reason=error)
 
     def close(self) -> None:
-        """Let go of the files. What is not committed is forgotten."""
+        """Let go of the files and their folder. What is not committed is forgotten."""
+        self.release()
+        self._folder.close()
+
+    def release(self) -> None:
+        """Let go of the files, not of their folder."""
         if self._sealing is not None:
             self._sealing.join()
         self._log.close()
-        self._folder.close()
 
 
 def open_journal(folder: Folder, order: PartOrder, in_background: bool = True) -> tuple[Serving, ShardJournal]:
@@ -170,14 +225,14 @@ def open_journal(folder: Folder, order: PartOrder, in_background: bool = True) -
     serving, number, build = None, 0, this_build()
     if snapshot is not None:
         manifest, arrays = snapshot
-        _must_fit(folder, manifest.state.order, order)
+        must_fit(folder, manifest.state.order, order)
         serving, number, build = restored(manifest.state, arrays), manifest.number, manifest.build
     reader = LogReader(folder, number)
     for entry in reader:
         if serving is None:
             if not isinstance(entry.record, TakenUp):
                 raise JournalError(f"{folder.path}: record {entry.number} is no beginning, and there is no snapshot")
-            _must_fit(folder, entry.record.order, order)
+            must_fit(folder, entry.record.order, order)
             serving, build = Serving(entry.record.order), entry.record.build
             continue
         if build != this_build():
@@ -198,7 +253,8 @@ def open_journal(folder: Folder, order: PartOrder, in_background: bool = True) -
     return serving, journal
 
 
-def _must_fit(folder: Folder, written: PartOrder, order: PartOrder) -> None:
+def must_fit(folder: Folder, written: PartOrder, order: PartOrder) -> None:
+    """Raise JournalError where what was written is of another job, or under a newer term, than the order's."""
     for what, found, wanted in (
         ("job", written.job, order.job),
         ("specification", written.specification, order.specification),

@@ -31,6 +31,7 @@ _PREAMBLE = struct.Struct("<4sQI")
 _HEADER = struct.Struct("<4sIQQIII")
 _SEGMENT_MAGIC, _RECORD_MAGIC = b"PSJ1", b"PSJr"
 PREAMBLE_BYTES = _PREAMBLE.size
+_DURABLE, _DURABLE_AT = struct.Struct("<Q"), 16  # where a header says it
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyRecord] = msgspec.msgpack.Decoder(AnyRecord)
@@ -89,6 +90,56 @@ def _header(data: memoryview, at: int) -> _Header | None:
 
 def _is_whole(data: memoryview, header: _Header) -> bool:
     return header.end <= len(data) and zlib.crc32(data[header.head_at : header.end]) == header.checksum
+
+
+def count_whole(data: memoryview, most_bytes: int) -> tuple[int, int]:
+    """(records, bytes) of the whole records that begin `data`, in at most so many bytes, but at least one record.
+
+    (0, n) where not even the first one is whole: it has n bytes; 0 bytes where none begins there.
+    """
+    records = at = 0
+    while (header := _header(data, at)) is not None and header.end <= len(data):
+        if records and header.end > most_bytes:
+            break
+        records, at = records + 1, header.end
+    if not records and header is not None:
+        return 0, header.end
+    return records, at
+
+
+def adopt_records(data: bytearray, first: int, last: int, durable: int) -> None:
+    """Check that these bytes are whole records with numbers from `first` to `last`, as another log has written them.
+
+    Each then claims that `durable` was durable when it was written: here, not there. Raises ValueError.
+    """
+    view, at, number = memoryview(data), 0, first
+    while at < len(data):
+        header = _header(view, at)
+        if header is None or header.number != number or not _is_whole(view, header):
+            raise ValueError(f"the bytes at {at} are not record {number}")
+        _DURABLE.pack_into(data, at + _DURABLE_AT, durable)
+        checksum = zlib.crc32(view[at : at + _HEADER.size - 4])
+        data[at + _HEADER.size - 4 : at + _HEADER.size] = checksum.to_bytes(4, "little")
+        at, number = header.end, number + 1
+    if number != last + 1:
+        raise ValueError(f"the records end with {number - 1}, not with {last}")
+
+
+def entries(data: bytearray) -> Iterator[Entry]:
+    """The records that these bytes are, which have been checked. Raises JournalError for what cannot be read."""
+    view, at = memoryview(data).toreadonly(), 0
+    while at < len(data):
+        header = _header(view, at)
+        assert header is not None  # they were checked
+        try:
+            record = _decoder.decode(view[header.head_at : header.frames_at])
+        except msgspec.DecodeError as error:
+            raise JournalError(
+                f"record {header.number} is whole but not readable by this release: {error}; run the release of the "
+                "primary on all shards"
+            ) from None
+        yield Entry(header.number, record, np.frombuffer(view[header.frames_at : header.end], np.uint8))
+        at = header.end
 
 
 class SegmentReader:

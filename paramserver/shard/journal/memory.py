@@ -13,7 +13,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from paramserver.protocol.transport import Buffer
+import numpy as np
+
+from paramserver.protocol.transport import Buffer, Bytes
 
 _PAGE = 64  # smaller than real ones, so that small records lie on several
 
@@ -87,6 +89,15 @@ class MemoryFolder:
 
     def read(self, name: str) -> bytes:
         return bytes(self._files[name].data)
+
+    def size(self, name: str) -> int:
+        return len(self._files[name].data)
+
+    def read_into(self, name: str, at: int, buffer: Bytes) -> None:
+        data = self._files[name].data[at : at + buffer.size]
+        if len(data) < buffer.size:
+            raise OSError(errno.EIO, f"{name} ends {buffer.size - len(data)} bytes early")
+        buffer[:] = np.frombuffer(data, np.uint8)
 
     def create(self, name: str) -> MemoryFile:
         self._operate()

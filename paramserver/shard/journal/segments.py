@@ -52,6 +52,7 @@ class LogReader:
         self.folder = folder
         self.last = after  # number of the last record so far
         self.name: str | None = None  # of the segment to write on in; None: begin one
+        self.first = 0  # number of that segment's first record
         self.size = 0  # bytes of that segment up to its last record
         self.read_bytes = 0
         self.leftovers: list[str] = []  # segments in which no record is: their maker died, or had no room
@@ -88,7 +89,9 @@ class LogReader:
                 "are there; acknowledged updates are lost. Restore the file from a copy, or submit the job again"
             )
         # One that ends before the snapshot does cannot be gone on with: numbers have no gap in a segment.
-        self.name, self.size = (segment_name(first), reader.end) if last == self.last else (None, 0)
+        self.name, self.first, self.size = (
+            (segment_name(first), first, reader.end) if last == self.last else (None, 0, 0)
+        )
 
 
 class SegmentLog:
@@ -110,6 +113,7 @@ class SegmentLog:
         self._written = reader.last  # the last record that is in a file
         self._is_torn = False  # a write failed: there may be some of it behind `_size`
         self._file: File
+        self._first = 0  # number of the first record in that file
         self._size = 0
         self._half_made: str | None = None
         self._is_lost = False  # what is durable is not known any more
@@ -118,14 +122,20 @@ class SegmentLog:
         if reader.name is None:
             self._begin()
         else:
-            self._file, self._size = self._folder.append(reader.name), reader.size
+            self._file, self._size, self._first = self._folder.append(reader.name), reader.size, reader.first
             self._file.truncate(self._size)
             self._file.sync()
 
     def append(self, record: AnyRecord, frames: Sequence[Bytes]) -> None:
         """Take a record; large frames go to the file at once, without a copy."""
-        self.number += 1
-        buffers = encode_record(self.number, self.durable, record, frames)
+        self._take(encode_record(self.number + 1, self.durable, record, frames), self.number + 1)
+
+    def append_bytes(self, records: bytes | bytearray, last: int) -> None:
+        """Take records as another log has written them: they follow ours, and the last one has this number."""
+        self._take([records], last)
+
+    def _take(self, buffers: list[Buffer], last: int) -> None:
+        self.number = last
         size = sum(map(len, buffers))
         if size < GATHER_BYTES or self.trouble:
             # The frames are ours during this call only.
@@ -135,6 +145,11 @@ class SegmentLog:
             self._write([*self._pending, *buffers], self._pending_bytes + size)
         if self._pending_bytes >= GATHER_BYTES and not self.trouble:
             self._write(self._pending, self._pending_bytes)
+
+    @property
+    def end(self) -> tuple[int, int, int]:
+        """What is in files: the first number of the last segment, its bytes, the last record in it or before it."""
+        return self._first, self._size, self._written
 
     @property
     def is_durable(self) -> bool:
@@ -212,7 +227,7 @@ class SegmentLog:
             self._file.sync()
             self._folder.sync()
         self._half_made = None
-        self._size = PREAMBLE_BYTES
+        self._first, self._size = self.number + 1, PREAMBLE_BYTES
 
     def remove_before(self, number: int) -> None:
         """Remove segments whose records are all before this one. Raises OSError."""

@@ -42,7 +42,7 @@ class SnapshotWriter:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
 
-    def write(self, number: int, build: str, state: State, arrays: Arrays) -> _Written:
+    def write(self, number: int, build: str, state: State, arrays: Arrays) -> Written:
         """Write the arrays as they are now; afterwards they may change."""
         checksums = {name: zlib.crc32(array.data) for name, array in arrays.items()}
         name = f"{_PREFIX}{number:016d}"
@@ -53,9 +53,9 @@ class SnapshotWriter:
             file.close()
             raise
         manifest = Manifest(FORMAT, number, build, state.order.layout.fingerprint, checksums, state)
-        return _Written(name, file, msgspec.json.encode(manifest))
+        return Written(name, file, msgspec.json.encode(manifest))
 
-    def seal(self, written: _Written) -> None:
+    def seal(self, written: Written) -> None:
         """Make it durable and give it its name; then older snapshots are removed."""
         try:
             written.arrays.sync()
@@ -79,7 +79,19 @@ class SnapshotWriter:
                     self._folder.remove(name)
 
 
-class _Written:
+def snapshot_names(number: int) -> tuple[str, str]:
+    """The files of a snapshot: its manifest and its arrays."""
+    name = f"{_PREFIX}{number:016d}"
+    return name + _MANIFEST, name + _ARRAYS
+
+
+def newest_number(folder: Folder) -> int | None:
+    """Of the last record in the newest snapshot; None where there is none."""
+    names = [name for name in folder.names() if name.startswith(_PREFIX) and name.endswith(_MANIFEST)]
+    return int(max(names)[len(_PREFIX) : -len(_MANIFEST)]) if names else None
+
+
+class Written:
     """A snapshot whose arrays are in a file without its name."""
 
     def __init__(self, name: str, arrays: File, manifest: bytes) -> None:

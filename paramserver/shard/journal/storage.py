@@ -6,6 +6,7 @@ Names of files are as durable as the last `sync` of the folder.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from paramserver.protocol.transport import Buffer
+from paramserver.protocol.transport import Buffer, Bytes
 
 _MOST_BUFFERS = 1024  # of one call, as POSIX allows
 
@@ -43,6 +44,14 @@ class Folder(Protocol):
     def names(self) -> list[str]: ...
 
     def read(self, name: str) -> bytes | memoryview: ...
+
+    def size(self, name: str) -> int:
+        """Bytes that the file has now."""
+        ...
+
+    def read_into(self, name: str, at: int, buffer: Bytes) -> None:
+        """Fill the buffer with the file's bytes from `at` on. Raises OSError where it has fewer."""
+        ...
 
     def create(self, name: str) -> File:
         """A new, empty file; one that is there is emptied."""
@@ -113,6 +122,21 @@ class OsFolder:
 
     def read(self, name: str) -> bytes:
         return (self._path / name).read_bytes()
+
+    def size(self, name: str) -> int:
+        return (self._path / name).stat().st_size
+
+    def read_into(self, name: str, at: int, buffer: Bytes) -> None:
+        descriptor = os.open(self._path / name, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            left = memoryview(buffer.data)
+            while len(left):
+                got = os.preadv(descriptor, [left], at)
+                if not got:
+                    raise OSError(errno.EIO, f"{name} ends at byte {at}, {len(left)} bytes early")
+                left, at = left[got:], at + got
+        finally:
+            os.close(descriptor)
 
     def create(self, name: str) -> OsFile:
         return OsFile(self._path / name, os.O_CREAT | os.O_TRUNC)
