@@ -346,6 +346,7 @@ class Partner(Struct, frozen=True, array_like=True):
     address: Text
     key: PublicKey = ""
     is_synced: bool = False
+    number: Count = 0  # of this partnership: each has a new one, also one with the same process again
 
 
 class PartOrder(Struct, frozen=True, array_like=True):
@@ -449,7 +450,8 @@ class PartReport(Struct, frozen=True, array_like=True):
     stored: Count = 0  # of a primary: the last record that its backup has stored, now
     is_synced: bool = False  # of a primary: its backup has caught up, and nothing is acknowledged without it
     partner: Text = ""  # of a primary: the shard that `stored` and `is_synced` are about ...
-    partner_incarnation: Count = 0  # ... and its incarnation
+    partner_incarnation: Count = 0  # ... its incarnation, and the number of the partnership
+    partner_number: Count = 0
     waiting_for: Text = ""  # why a primary acknowledges nothing now, where that is not its own disk
 
 

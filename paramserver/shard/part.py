@@ -337,5 +337,6 @@ class Part:
             is_synced=stream is not None and stream.is_synced,
             partner="" if stream is None else stream.partner.shard,
             partner_incarnation=0 if stream is None else stream.partner.incarnation,
+            partner_number=0 if stream is None else stream.partner.number,
             waiting_for="" if stream is None else stream.waiting_for(self._around.clock())[:MOST_TEXT],
         )

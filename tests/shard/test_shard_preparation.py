@@ -18,7 +18,7 @@ from paramserver.protocol.layout import Parameter, cut_layout
 from paramserver.protocol.messages import Heartbeat, Orders, PartOrder, Register, Registered, ShardOrder, ShardReport
 from paramserver.protocol.transport import Listener, Received
 from paramserver.protocol.zeromq import ZeroMQTransport
-from paramserver.shard import part as part_module
+from paramserver.shard import server as server_module
 from paramserver.shard.preparation import Preparation
 from paramserver.shard.server import ShardServer
 from paramserver.shard.serving import prepare
@@ -57,7 +57,7 @@ def test_a_shard_beats_while_it_compiles_and_then_serves(monkeypatch: pytest.Mon
         is_compiling.set()
         assert may_end.wait(30)
 
-    monkeypatch.setattr(part_module, "Preparation", lambda order, home: Preparation(order, home, slow))
+    monkeypatch.setattr(server_module, "Preparation", lambda order, home: Preparation(order, home, slow))
     transport, own, stop = ZeroMQTransport(), ZeroMQTransport(), StopRequest()
     coordinator = transport.listen("tcp://127.0.0.1:0")
     introduction = Register(role="shard", name="shard-0")

@@ -88,10 +88,7 @@ class Stream:
 
     def is_for(self, partner: Partner | None) -> bool:
         """Whether an order with this partner goes on with what is here."""
-        return partner is not None and (partner.shard, partner.incarnation) == (
-            self.partner.shard,
-            self.partner.incarnation,
-        )
+        return partner is not None and _who(partner) == _who(self.partner)
 
     def follow(self, order: PartOrder) -> None:
         """A newer order that names the same partner process."""
@@ -319,3 +316,7 @@ class Stream:
         if self._source is not None:
             self._source.close()
             self._source = None
+
+
+def _who(partner: Partner) -> tuple[str, int, int]:
+    return partner.shard, partner.incarnation, partner.number
