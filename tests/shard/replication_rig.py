@@ -28,8 +28,8 @@ from paramserver.protocol.messages import (
     Initialised,
     Member,
     Orders,
-    PartOrder,
     Partner,
+    PartOrder,
     PartReport,
     Pull,
     Pulled,
@@ -56,6 +56,7 @@ BEAT_SECONDS, SESSION_SECONDS = 0.1, 0.6
 RETURN_SECONDS = 3.0  # after which a backup that came back with all serves in the place of a primary that did not
 STEP_SECONDS = 0.05
 COORDINATOR = "coordinator"
+TRANSIENT = {"unknown-part", "unknown-worker", "wrong-term", "not-initialised", "wrong-job"}
 RESEND_SECONDS = 0.3
 CALM_STEPS = 400  # at most; the end needs no more than a few sessions
 
@@ -312,6 +313,7 @@ class Link:
         self.is_welcome = False
         self.hello_at = -1.0
         self.waiting: dict[int, Waiting] = {}
+        self.pulling = 0  # the request of a pull without an answer
 
     def follow(self, address: str, term: int) -> None:
         if term < self.term or (address, term) == (self.address, self.term):
@@ -354,15 +356,16 @@ class Link:
             if message.term >= self.term:
                 self.term, self.is_welcome = message.term, True
         elif isinstance(message, Refusal):
-            assert message.code in ("unknown-part", "unknown-worker", "wrong-term", "not-initialised", "wrong-job"), (
-                f"{worker.name} was refused: {message}"
-            )
-            self.is_welcome = self.is_welcome and message.code == "not-initialised"
+            is_known = message.code in TRANSIENT or "pulls of" in message.detail  # late ones, said twice
+            assert is_known, f"{worker.name} was refused: {message}"
+            self.is_welcome = self.is_welcome and message.code in ("not-initialised", "not-served")
         elif isinstance(message, Initialised):
             worker.has_initialised.add(self.part)
         elif isinstance(message, Pushed | Pulled):
             if isinstance(message, Pushed):
                 self.hear_verdicts(message)
+            elif message.request == self.pulling:
+                self.pulling = 0
             at = 0
             for value in message.values:
                 frames = [np.frombuffer(frame, np.uint8) for frame in received.frames[at : at + value.frames]]
@@ -415,7 +418,9 @@ class Worker:
                 )
                 link.channel.send(initialise, [first])
             elif self.editions[block] < 0 or (not link.waiting and not may_push) or chance.random() < 0.1:
-                link.channel.send(Pull(**self.head(link), wants=(Want(block, self.editions[block]),)))
+                link.pulling = link.pulling or self.head(link)["request"]
+                head = {**self.head(link), "request": link.pulling}
+                link.channel.send(Pull(**head, wants=(Want(block, self.editions[block]),)))
             elif not link.waiting and chance.random() < 0.7:
                 self.push(link, block, now)
 
@@ -590,10 +595,25 @@ class World:
         elif roll < 0.15:
             worker = chance.choice(self.workers)
             worker.begin(worker.incarnation + 1)
+        elif roll < 0.18:
+            self.harm_primary(chance.choice(list(PARTS)))
         for address, until in list(self.cut_until.items()):
             if now >= until:
                 self.net.heal(address)
                 del self.cut_until[address]
+
+    def harm_primary(self, part: str) -> None:
+        """Kill, or stop for longer than a session, the primary of a part whose backup is in step."""
+        record = self.coordinator.records[part]
+        process = self.processes[record.primary[0]]
+        if not record.is_synced or process is None:
+            return
+        if self.chance.random() < 0.5:
+            folder = self.folder(process.name, part)
+            folder.crash_at = folder.operations + self.chance.randint(1, 3)
+        else:
+            process.is_stopped_until = self.net.now + self.chance.choice([1.0, 2.0])
+            self.counts.stops += 1
 
     def calm(self) -> None:
         """No more faults: everybody is answered, every part has a backup in step, and no push is made any more."""

@@ -3,16 +3,16 @@ prints itself where it fails."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
-from replication_rig import PARTS, WORKERS, Process, Worker, World
+from replication_rig import PARTS, WORKERS, Worker, World
 
 from paramserver.shard import server
 from paramserver.shard.journal import keeper, segments
 from paramserver.shard.replication import source, stream
-from paramserver.shard.serving import Serving
 
 JOBS: dict[str, dict[str, Any]] = {
     "fresh": {"optimizer": {"name": "sgd", "lr": 1.0}, "push": {"encoding": "fp32"}, "pull": {"encoding": "fp32"}},
@@ -25,6 +25,7 @@ JOBS: dict[str, dict[str, Any]] = {
     },
 }
 SEEDS = 12  # of each job and log
+MANY_SEEDS = 400
 STEPS = 160
 
 
@@ -40,6 +41,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "PIECE_BYTES", 400)
     monkeypatch.setattr(stream, "WINDOW_BYTES", 2000)
     monkeypatch.setattr(stream, "NEAR_BYTES", 3000)
+    monkeypatch.setattr(stream, "ASK_SECONDS", 0.1)
+    monkeypatch.setattr(stream, "STALL_SECONDS", 0.2)
     promote = server.ShardServer._promote
 
     def checked(self: server.ShardServer, standby: Any, order: Any) -> None:
@@ -61,19 +64,55 @@ def run(world: World, what: str) -> None:
         raise AssertionError(f"{what}: {error}") from error
 
 
+def run_all(job: str, log: str, seeds: range) -> None:
+    fired: Counter[str] = Counter()
+    for seed in seeds:
+        world = World(seed, log, **JOBS[job])
+        run(world, f"seed {seed} of {job} with {log}")
+        fired.update(vars(world.counts))
+        fired.update({name: getattr(world.coordinator, name) for name in ("promotions", "grants", "handovers")})
+    print(dict(fired))
+    # The faults have fired, and so has what they are to bring about.
+    for name in ("crashes", "stops", "cuts", "deafnesses", "full_disks", "taken_over", "grants"):
+        assert fired[name] > len(seeds) / 4, f"{name}: {fired}"
+    assert fired["compared"] > 10 * len(seeds)
+    assert fired["promotions"] > len(seeds) / 2
+
+
 @pytest.mark.parametrize("log", ["journal", "journal+fsync"])
 @pytest.mark.parametrize("job", JOBS)
 def test_nothing_acknowledged_is_lost_whoever_dies(job: str, log: str) -> None:
-    fired: dict[str, int] = {}
-    for seed in range(SEEDS):
-        world = World(seed, log, **JOBS[job])
-        run(world, f"seed {seed} of {job} with {log}")
-        for name in ("crashes", "stops", "cuts", "deafnesses", "full_disks", "compared", "taken_over"):
-            fired[name] = fired.get(name, 0) + getattr(world.counts, name)
-        for name in ("promotions", "grants", "handovers"):
-            fired[name] = fired.get(name, 0) + getattr(world.coordinator, name)
-    print(fired)
-    assert fired["crashes"] > SEEDS
-    assert fired["taken_over"] > SEEDS / 2
-    assert fired["grants"] > SEEDS / 4
-    assert fired["compared"] > 10 * SEEDS
+    run_all(job, log, range(SEEDS))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("log", ["journal", "journal+fsync"])
+@pytest.mark.parametrize("job", JOBS)
+def test_nothing_acknowledged_is_lost_in_thousands_of_schedules(job: str, log: str) -> None:
+    run_all(job, log, range(1000, 1000 + MANY_SEEDS))
+
+
+@pytest.mark.parametrize("log", ["journal", "journal+fsync"])
+def test_every_update_is_applied_exactly_once_across_failovers(log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each push of a worker adds one to an element of its own, so the weights count what was applied."""
+
+    def one(self: World, worker: Worker, block: int, sequence: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        gradient = np.zeros((72, 40)[block], np.float32)
+        gradient[10 * WORKERS.index(worker.name) + worker.incarnation] = -1.0
+        return gradient
+
+    monkeypatch.setattr(World, "gradient", one)
+    for seed in range(500, 500 + SEEDS):
+        world = World(seed, log, **JOBS["fresh"])
+        run(world, f"seed {seed} with {log}")
+        for part, record in world.coordinator.records.items():
+            serving = world.serving_of(part, record)
+            assert serving is not None
+            (block,) = PARTS[part]
+            held = serving.blocks[block]
+            for name, (incarnation, sequence) in held.marks.as_dict().items():
+                place = 10 * WORKERS.index(name) + incarnation
+                assert held.weights[place] - place == sequence, f"seed {seed}, {name} at block {block}"
+                worker = world.workers[WORKERS.index(name)]
+                assert incarnation < worker.incarnation or sequence == worker.sequences[block], f"seed {seed}"
