@@ -8,8 +8,6 @@ awaited at once, and nothing else is: the loop goes on meanwhile. While the disk
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
-from itertools import count
 
 from paramserver.process import log
 from paramserver.protocol.backlog import UNREAD_BYTES
@@ -48,7 +46,6 @@ class Part:
         self._listener = listener
         self._journal = journal
         self._link: Link | None = None  # to the backup
-        self._lines: Iterator[int] = count(1)
         self._held: deque[tuple[int, Reply]] = deque()  # and the record that each waits for
         self._held_bytes = 0
         self._preparation: Preparation | None = None
@@ -257,7 +254,9 @@ class Part:
         if link is not None:
             link.stream.follow(serving.order)
         else:
-            self._link = Link(Stream(serving.order, self._around.identity, journal, self._lines), self._around.connect)
+            self._link = Link(
+                Stream(serving.order, self._around.identity, journal, self._around.lines), self._around.connect
+            )
 
     def fail(self, order: PartOrder, why: str) -> None:
         """This shard cannot serve the order's job, and says so."""

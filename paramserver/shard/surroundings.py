@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
 from time import monotonic
 
 from paramserver.protocol.messages import PartOrder
@@ -24,6 +25,7 @@ class Surroundings:
         clock: monotonic seconds.
         prepare: makes what an order waits for.
         in_background: snapshots of backups are read in a thread of their own.
+        lines: numbers of lines, none of which comes twice in the life of this process.
     """
 
     listener: Listener
@@ -33,3 +35,4 @@ class Surroundings:
     clock: Callable[[], float] = monotonic
     prepare: Callable[[PartOrder, Home | None], Preparation] = Preparation
     in_background: bool = True
+    lines: Iterator[int] = field(default_factory=lambda: count(1))

@@ -46,6 +46,7 @@ from paramserver.protocol.messages import (
 from paramserver.protocol.transport import Received
 from paramserver.shard.journal.keeper import ShardJournal, open_journal
 from paramserver.shard.journal.memory import CrashError, MemoryFolder
+from paramserver.shard.part import Part
 from paramserver.shard.server import ShardServer
 from paramserver.shard.serving import Serving
 
@@ -53,6 +54,7 @@ SHARDS = ("s0", "s1", "s2")
 PARTS = {"s0": (0,), "s1": (1,)}  # blocks; named after the shard that had them first
 WORKERS = ("w0", "w1")
 BEAT_SECONDS, SESSION_SECONDS = 0.1, 0.6
+LOOK_SECONDS = 0.0007
 RETURN_SECONDS = 3.0  # after which a backup that came back with all serves in the place of a primary that did not
 STEP_SECONDS = 0.05
 COORDINATOR = "coordinator"
@@ -106,6 +108,7 @@ class Process:
     def __init__(self, world: World, name: str) -> None:
         self.world, self.name = world, name
         self.is_stopped_until = 0.0
+        self.looks = 0  # at its clock, each of which takes a moment: a backup applies a few records in a turn
         self.channels: list[MemoryChannel] = []
         connect = world.net.connect
         made = self.channels
@@ -122,8 +125,12 @@ class Process:
 
         self.server = ShardServer(
             Transport(), f"{name}:0", COORDINATOR, Register(role="shard", name=name), MemoryHome(world, name),
-            clock=lambda: world.net.now, prepare=Prepared, in_background=False,
+            clock=self.clock, prepare=Prepared, in_background=False,
         )  # fmt: skip
+
+    def clock(self) -> float:
+        self.looks += 1
+        return self.world.net.now + self.looks * LOOK_SECONDS
 
     @property
     def incarnation(self) -> int:
@@ -483,7 +490,8 @@ class World:
         self.specification = json.dumps(specification)
         self.push_encoding = make_encoding(specification["push"]["encoding"])
         self.folders: dict[tuple[str, str], MemoryFolder] = {}
-        self.digests: dict[tuple[str, str, int], dict[int, str]] = {}  # part, primary, incarnation -> record -> state
+        self.digests: dict[Part, dict[int, str]] = {}  # what a primary was after each record, as long as it was one
+        self.lines: dict[tuple[str, str, int, int], Part] = {}  # part, primary, incarnation, line -> whose it is
         self.served_bits: dict[tuple[int, int], bytes] = {}
         self.counts = Counts()
         self.is_faulty = True
@@ -667,17 +675,15 @@ class World:
 
     # ------------------------------------------------------------------------ what must hold
 
-    def note(self, process: Process, part: str, serving: Serving, number: int) -> None:
-        """The state of a primary after a record."""
-        known = self.digests.setdefault((part, process.name, process.incarnation), {})
-        digest = digest_of(serving)
-        assert known.setdefault(number, digest) == digest, f"record {number} of {part} has two states"
-
     def remember(self, process: Process) -> None:
         for name, part in process.server._parts.items():
             serving, journal = part.core.serving, part._journal
             if serving is not None and journal is not None:
-                self.note(process, name, serving, journal.number)
+                digest = digest_of(serving)
+                known = self.digests.setdefault(part, {}).setdefault(journal.number, digest)
+                assert known == digest, f"record {journal.number} of {name} has two states"
+                if part._link is not None:
+                    self.lines[name, process.name, process.incarnation, part._link.stream._line] = part
         if self.chance.random() < 0.5:
             return
         for name, standby in process.server._standbys.items():
@@ -687,7 +693,8 @@ class World:
 
     def compare(self, part: str, line: tuple[str, int, int], applied: int, serving: Serving) -> None:
         """A backup is a prefix of its primary."""
-        digest = self.digests.get((part, line[0], line[1]), {}).get(applied)
+        primary = self.lines.get((part, *line))
+        digest = None if primary is None else self.digests[primary].get(applied)
         if digest is not None:
             self.counts.compared += 1
             assert digest_of(serving) == digest, f"{part} after record {applied}: the backup of {line} differs"
