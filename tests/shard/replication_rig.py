@@ -199,7 +199,10 @@ class Coordinator:
 
     def register(self, peer: bytes, message: Register) -> None:
         session = self.sessions.get(message.name)
-        incarnation = message.incarnation
+        last = self.last_incarnation[message.name]
+        # The network may have said it twice: what has the address already is the same process.
+        is_known = self.addresses.get((message.name, last)) == message.address
+        incarnation = message.incarnation or (last if is_known else 0)
         if not incarnation:
             if session is not None:
                 self.end(message.name)
