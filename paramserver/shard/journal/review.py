@@ -25,7 +25,7 @@ from paramserver.shard.journal.records import Ordered, TakenUp
 from paramserver.shard.journal.replay import replay, restored
 from paramserver.shard.journal.segments import LogReader, segment_numbers
 from paramserver.shard.journal.snapshot import load_newest
-from paramserver.shard.journal.storage import File
+from paramserver.shard.journal.storage import File, OsFiles
 from paramserver.shard.serving import Serving
 
 
@@ -46,7 +46,7 @@ class Move:
     relative: float  # over |the weights before|; 0 where these are 0
 
 
-class ReadOnlyFolder:
+class ReadOnlyFolder(OsFiles):
     """A journal's folder, held against shards while it is read. Raises OSError; BlockingIOError where one holds it."""
 
     def __init__(self, path: Path) -> None:
@@ -57,16 +57,6 @@ class ReadOnlyFolder:
         except BaseException:
             os.close(self._descriptor)
             raise
-
-    @property
-    def path(self) -> str:
-        return str(self._path)
-
-    def names(self) -> list[str]:
-        return sorted(os.listdir(self._path))
-
-    def read(self, name: str) -> bytes:
-        return (self._path / name).read_bytes()
 
     def create(self, name: str) -> File:
         self._refuse(name)

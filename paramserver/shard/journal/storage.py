@@ -96,22 +96,10 @@ class OsFile:
         os.close(self._descriptor)
 
 
-class OsFolder:
-    """A folder of the file system, made where it is not there.
+class OsFiles:
+    """The files of a folder of the file system, to read. Raises OSError."""
 
-    Raises OSError; BlockingIOError where another process holds it. The kernel lets go of it when its holder dies.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        path.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _sync_path(path.parent)
-        except BaseException:
-            os.close(self._descriptor)
-            raise
+    _path: Path
 
     @property
     def path(self) -> str:
@@ -137,6 +125,24 @@ class OsFolder:
                 left, at = left[got:], at + got
         finally:
             os.close(descriptor)
+
+
+class OsFolder(OsFiles):
+    """A folder of the file system, made where it is not there.
+
+    Raises OSError; BlockingIOError where another process holds it. The kernel lets go of it when its holder dies.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _sync_path(path.parent)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
 
     def create(self, name: str) -> OsFile:
         return OsFile(self._path / name, os.O_CREAT | os.O_TRUNC)
