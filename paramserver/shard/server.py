@@ -98,7 +98,7 @@ class ShardServer:
         return self._listener.address
 
     def hold(self, core: ShardCore, journal: ShardJournal | None = None) -> None:
-        """Serve what this core serves already, without a coordinator's order. Call before `run`."""
+        """Serve what this core serves already, without a coordinator's order. Call before `run` and `follow`."""
         self._parts[core.name] = Part(core, self._around, journal)
         self._limit_unread()
 
@@ -287,9 +287,9 @@ class ShardServer:
         if orders.order is not None and not isinstance(orders.order, ShardOrder):
             self.refusals["not-served"] += 1
             return
-        self._follow(orders.order.parts if orders.order is not None else ())
+        self.follow(orders.order.parts if orders.order is not None else ())
 
-    def _follow(self, orders: tuple[PartOrder, ...]) -> None:
+    def follow(self, orders: tuple[PartOrder, ...]) -> None:
         """Hold the parts of these orders, in their roles, and no others."""
         before = {name: part.core.serving for name, part in self._parts.items()}
         job = orders[0].job if orders else ""

@@ -81,6 +81,9 @@ def bench_exchange(
     log: Annotated[
         str, typer.Option(help="What shards keep, as a job's durability.log; in the folder TMPDIR.")
     ] = "none",
+    backups: Annotated[
+        int, typer.Option(min=0, max=1, help="Of each shard: 1 lets the next one hold its journal too.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Time push + apply + pull between real shard and worker processes of this machine."""
@@ -91,7 +94,9 @@ def bench_exchange(
     rows: list[list[str]] = []
     facts: list[dict[str, object]] = []
     for elements in parse_sizes(sizes, "--sizes", least=shards):
-        setting = exchange.Setting(elements, shards, workers, seconds, ways, {"name": optimizer}, not sockets_only, log)
+        setting = exchange.Setting(
+            elements, shards, workers, seconds, ways, {"name": optimizer}, not sockets_only, log, backups
+        )
         rates = [_measured(lambda setting=setting: exchange.measure(setting)) for _ in range(rounds)]  # type: ignore[misc]
         gigabytes = [rate.gigabytes_per_second(elements) for rate in rates]
         used = [each for rate in rates if (each := rate.cpu_seconds_per_gigabyte(elements)) is not None]
@@ -103,12 +108,13 @@ def bench_exchange(
         )  # fmt: skip
     through = "sockets only" if sockets_only else "shared memory where it helps"
     show(
-        f"{ways.label}, {optimizer}, log {log}, {shards} shards x {workers} workers, {through}; GB of float32 pushed "
-        "+ pulled",
+        f"{ways.label}, {optimizer}, log {log}, backups {backups}, {shards} shards x {workers} workers, {through}; "
+        "GB of float32 pushed + pulled",
         ["parameters", "GB/s: median (range)", "cycles/s", "CPU s/GB"],
         rows,
         {"benchmark": "exchange", "push": ways.push, "pull": ways.pull, "optimizer": optimizer, "shards": shards,
-         "workers": workers, "rounds": rounds, "sockets_only": sockets_only, "log": log, "results": facts},
+         "workers": workers, "rounds": rounds, "sockets_only": sockets_only, "log": log, "backups": backups,
+         "results": facts},
         as_json,
     )  # fmt: skip
 

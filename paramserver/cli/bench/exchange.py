@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from paramserver.cli.bench.choices import Ways, synthetic_job
 from paramserver.cli.bench.crew import START_SECONDS, Child, Crew, Line, MeasurementError, cpu_seconds, say_all
+from paramserver.cli.errors import InputError
 
 if TYPE_CHECKING:
-    from paramserver.protocol.messages import PartAddress, ShardReport
+    from paramserver.protocol.messages import PartAddress, PartOrder, ShardReport
     from worker.attached import Attached
 
 LOOPBACK = "tcp://127.0.0.1:0"
@@ -51,6 +52,9 @@ COUNTED = (
     "pull_snapshots",
 )
 PEAK = "megabytes_above_imports"
+IN_STEP = "is_in_step"
+INCARNATION = 1  # of every shard
+LOOK_SECONDS = 0.05
 
 Shapes = Mapping[str, tuple[int, ...]]  # of the parameters, by name, in layout order
 
@@ -67,6 +71,7 @@ class Setting:
     optimizer: Mapping[str, Any] = field(default_factory=lambda: dict(MOMENTUM))
     is_memory_shared: bool = True
     log: str = "none"  # durability.log of the job
+    backups: int = 0  # of each shard; 1: the next one holds all that it acknowledges
 
     @property
     def shapes(self) -> Shapes:
@@ -102,6 +107,11 @@ def measure(setting: Setting) -> Rate:
 
     Raises InputError for encodings that a job may not have, MeasurementError where a process fails.
     """
+    if setting.backups and (setting.log == "none" or setting.shards < 2):
+        raise InputError(
+            f"--backups 1: found --log {setting.log} and --shards {setting.shards}; a backup keeps another shard's "
+            "journal: use --log journal and at least 2 shards"
+        )
     if find_spec("torch") is None:
         raise MeasurementError("workers need torch, which is not installed: pip install 'paramserver[models]'")
     job = synthetic_job(setting.ways, setting.optimizer, setting.log)
@@ -110,7 +120,9 @@ def measure(setting: Setting) -> Rate:
         TemporaryDirectory(prefix="paramserver-bench-") as state,
         Crew(shared_memory(setting.is_memory_shared)) as crew,
     ):
-        servers, addresses = start_shards(crew, setting.shapes, setting.shards, job.json_text(), state=state)
+        servers, addresses = start_shards(
+            crew, setting.shapes, setting.shards, job.json_text(), state=state, has_backups=setting.backups > 0
+        )
         clients = [
             crew.start(f"worker-{n}", cycling_worker, n, addresses, setting.shapes, dict(setting.ways.push))
             for n in range(setting.workers)
@@ -137,24 +149,37 @@ def start_shards(
     listen: str = LOOPBACK,
     start: Callable[..., Child] = Crew.start,
     state: str = "",
+    has_backups: bool = False,
 ) -> tuple[list[Child], list[PartAddress]]:
     """Shard processes that serve a model of these parameters, blocks balanced by bytes, and where they are.
 
     `start` may start them elsewhere; it is called like Crew.start. `state` is a folder for the journals of a
-    specification that wants them.
+    specification that wants them. `has_backups`: each shard is the backup of the one before it, in a ring.
     """
     from paramserver.coordinator.placement import balance
     from paramserver.protocol.messages import PartAddress
 
     placed = balance(layout_of(shapes), [f"shard-{number:03d}" for number in range(count)], count)
     servers = [
-        start(crew, name, serve_shard, name, shapes, blocks, specification, listen, state)
+        start(crew, name, serve_shard, name, shapes, blocks, specification, listen, state, has_backups)
         for name, blocks in placed.items()
     ]
     addresses = crew.hear(servers, "to listen")
+    if has_backups:
+        say_all(servers, list(zip(placed, placed.values(), addresses, strict=True)))
+        wait_in_step(crew, servers)
     return servers, [
         PartAddress(name, address, blocks) for (name, blocks), address in zip(placed.items(), addresses, strict=True)
     ]
+
+
+def wait_in_step(crew: Crew, servers: Sequence[Child]) -> None:
+    """Wait until every shard's backup has all that the shard has. Raises MeasurementError."""
+    deadline = time.monotonic() + START_SECONDS
+    while not all(report[IN_STEP] for report in ask_reports(crew, servers)):
+        if time.monotonic() > deadline:
+            raise MeasurementError(f"waited {START_SECONDS:.0f} s in vain for the backups to be in step")
+        time.sleep(LOOK_SECONDS)
 
 
 def layout_of(shapes: Shapes) -> Any:
@@ -164,9 +189,19 @@ def layout_of(shapes: Shapes) -> Any:
 
 
 def serve_shard(
-    line: Line, name: str, shapes: Shapes, blocks: tuple[int, ...], specification: str, listen: str, state: str = ""
+    line: Line,
+    name: str,
+    shapes: Shapes,
+    blocks: tuple[int, ...],
+    specification: str,
+    listen: str,
+    state: str = "",
+    has_backup: bool = False,
 ) -> None:
-    """A shard process: says its address, then its report as often as it hears REPORT, until it hears anything else."""
+    """A shard process: says its address, then its report as often as it hears REPORT, until it hears anything else.
+
+    `has_backup`: it first hears (name, blocks, address) of all shards, of which the next one backs it up.
+    """
     from threading import Thread
 
     from paramserver.job import Job
@@ -197,13 +232,16 @@ def serve_shard(
     transport, others = ZeroMQTransport(is_insecure=True), ZeroMQTransport()
     coordinator = others.listen(LOOPBACK)
     introduction = Register(role="shard", name=name, pid=os.getpid())
-    server = ShardServer(transport, listen, coordinator.address, introduction)
+    home = None if job.durability.log == "none" else JournalHome(Path(state), name)
+    server = ShardServer(transport, listen, coordinator.address, introduction, home)
     server.hold(core, journal)
     line.say(server.address)
+    if has_backup:
+        server.follow(_ring_orders(order, line.hear()))
 
     def answer() -> None:
         if isinstance(received := coordinator.receive(START_SECONDS), Received):
-            never = Registered(incarnation=1, heartbeat_seconds=NEVER_SECONDS, session_seconds=NEVER_SECONDS)
+            never = Registered(incarnation=INCARNATION, heartbeat_seconds=NEVER_SECONDS, session_seconds=NEVER_SECONDS)
             coordinator.send(received.peer, never)
         # The counters are read while nothing is exchanged.
         while line.hear() == REPORT:
@@ -218,8 +256,22 @@ def serve_shard(
     others.close()
 
 
+def _ring_orders(own: PartOrder, ring: Sequence[tuple[str, tuple[int, ...], str]]) -> tuple[PartOrder, PartOrder]:
+    """The orders of a shard that the next one of the ring backs up, and which backs up the one before it."""
+    from msgspec import structs
+
+    from paramserver.protocol.messages import Partner
+
+    place = [name for name, _, _ in ring].index(own.part)
+    (before, blocks, before_at), (after, _, after_at) = ring[place - 1], ring[(place + 1) % len(ring)]
+    backup = structs.replace(
+        own, part=before, blocks=blocks, role="backup", partner=Partner(before, INCARNATION, before_at)
+    )
+    return structs.replace(own, partner=Partner(after, INCARNATION, after_at)), backup
+
+
 def _figures(whole: ShardReport, imported_megabytes: float) -> dict[str, float]:
-    (report,) = whole.parts
+    report = next(report for report in whole.parts if report.role == "primary")
     counted = {name: float(getattr(report, name)) for name in REPORTED}
     counted |= {"waiting_seconds": whole.waiting_seconds, "working_seconds": whole.working_seconds}
     for way in ("push", "pull"):
@@ -227,6 +279,7 @@ def _figures(whole: ShardReport, imported_megabytes: float) -> dict[str, float]:
         counted[f"{way}_payload_bytes"] = float(sum(row.payload_bytes for row in own))
         counted[f"{way}_elements"] = float(sum(row.elements for row in own))
     counted["pull_snapshots"] = float(sum(row.snapshots for row in report.traffic))
+    counted[IN_STEP] = float(report.is_synced)
     return {**counted, PEAK: _peak_megabytes() - imported_megabytes}
 
 
