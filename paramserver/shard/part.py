@@ -149,10 +149,12 @@ class Part:
         if link is not None:
             was_synced = link.stream.is_synced
             link.receive(now)
+            if self._journal is not None:
+                self._journal.flush()
+            link.send(now)  # on its way while our own disk makes it durable
         has_changed = self.commit()
         if link is not None:
             self._snapshot_for(link)
-            link.send(now)
             self._send_settled()
             has_changed = has_changed or link.stream.is_synced != was_synced
         return has_changed

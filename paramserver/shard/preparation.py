@@ -73,6 +73,8 @@ class Preparation:
         try:
             job = Job.model_validate_json(order.specification)
             self._compile_for(job)
+            if job.durability.log == "none" and order.role == "backup":
+                raise JournalError(f"job {order.job!r} has no journal that a backup could keep; use durability.log")
             if job.durability.log == "none":
                 return
             if self._home is None:

@@ -74,6 +74,10 @@ class ShardJournal:
         """See `SegmentLog.append_bytes`."""
         self._log.append_bytes(records, last)
 
+    def flush(self) -> None:
+        """See `SegmentLog.flush`."""
+        self._log.flush()
+
     def commit(self) -> bool:
         """See `SegmentLog.commit`."""
         return self._log.commit()

@@ -107,6 +107,16 @@ def count_whole(data: memoryview, most_bytes: int) -> tuple[int, int]:
     return records, at
 
 
+def skip_records(data: memoryview, at: int, records: int) -> int:
+    """The place behind so many records, the first of which is at `at`. Raises JournalError where one is missing."""
+    for _ in range(records):
+        header = _header(data, at)
+        if header is None:
+            raise JournalError(f"no record begins at byte {at} of its segment, as one must")
+        at = header.end
+    return at
+
+
 def adopt_records(data: bytearray, first: int, last: int, durable: int) -> None:
     """Check that these bytes are whole records with numbers from `first` to `last`, as another log has written them.
 

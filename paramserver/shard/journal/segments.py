@@ -156,6 +156,11 @@ class SegmentLog:
         """Whether everything that was appended is as durable as the job asked for."""
         return self.durable == self.number
 
+    def flush(self) -> None:
+        """Write what was appended, so that another process may read it, before it is durable."""
+        if self._written < self.number and not self.trouble:
+            self._write(self._pending, self._pending_bytes)
+
     def commit(self) -> bool:
         """Make durable what was appended. False while the storage refuses: `trouble` says why; try again later.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from paramserver.encoding.base import Bytes
 from paramserver.shard.journal.keeper import ShardJournal
-from paramserver.shard.journal.layout import PREAMBLE_BYTES, JournalError, count_whole
+from paramserver.shard.journal.layout import PREAMBLE_BYTES, JournalError, count_whole, skip_records
 from paramserver.shard.journal.segments import segment_name, segment_numbers
 from paramserver.shard.journal.snapshot import newest_number, snapshot_names
 
@@ -39,7 +39,7 @@ class LineSource:
     """A line from its beginning on. While it is open the journal keeps the files that it needs.
 
     Args:
-        journal: everything in it is committed, and no snapshot is on its way.
+        journal: no snapshot of it is on its way.
     """
 
     def __init__(self, journal: ShardJournal) -> None:
@@ -49,11 +49,11 @@ class LineSource:
         self._waiting: list[Chunk] = []
         snapshot = newest_number(self._folder)
         self._last = snapshot or 0  # the last record of the line so far
-        self._segment = self._last + 1  # first number of the segment that is read: a snapshot begins one
-        self._at = PREAMBLE_BYTES
+        self._segment, self._at = self._find(self._last)  # first number of the segment that is read, and where
         self._records_bytes = 0  # of records in the line
-        firsts = [first for first in segment_numbers(self._folder) if first >= self._segment]
-        there = sum(self._folder.size(segment_name(first)) - PREAMBLE_BYTES for first in firsts)
+        later = [first for first in segment_numbers(self._folder) if first > self._segment]
+        there = self._folder.size(segment_name(self._segment)) - self._at
+        there += sum(self._folder.size(segment_name(first)) - PREAMBLE_BYTES for first in later)
         self._origin = journal.written_bytes - there
         if snapshot is not None:
             journal.is_snapshot_read = True
@@ -61,6 +61,15 @@ class LineSource:
             self._waiting.append(self._chunk("manifest", self._folder.size(manifest), snapshot, manifest, 0))
             self._waiting.append(self._chunk("arrays", self._folder.size(arrays), snapshot, arrays, 0))
         journal.needed = self._last + 1
+
+    def _find(self, record: int) -> tuple[int, int]:
+        """Where the records after this one begin. A snapshot begins a segment, but its process may have died then."""
+        firsts = [first for first in segment_numbers(self._folder) if first <= record + 1]
+        if not firsts:
+            raise JournalError(f"{self._folder.path}: record {record + 1} is in no segment")
+        first = max(firsts)
+        data = memoryview(self._folder.read(segment_name(first))) if first <= record else memoryview(b"")
+        return first, skip_records(data, PREAMBLE_BYTES, record + 1 - first)
 
     def _chunk(self, kind: Kind, size: int, record: int, name: str, at: int) -> Chunk:
         begin, self._end = self._end, self._end + size

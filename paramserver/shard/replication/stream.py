@@ -182,7 +182,7 @@ class Stream:
     def _begin_line(self, now: float) -> bool:
         """Begin anew, from the newest snapshot; False where that must wait."""
         journal = self._journal
-        if journal.is_sealing or (journal.is_long and journal.may_snapshot) or not journal.is_durable:
+        if journal.is_sealing or (journal.is_long and journal.may_snapshot):
             return False  # a snapshot is on its way, or is taken after the next commit
         self._close_source()
         self._line = next(self._lines)
