@@ -31,6 +31,7 @@ LONG_SHARE = (
     8  # of the bytes at which a snapshot is due: with more of them one is taken before another shard copies all
 )
 MOST_LAG = 2  # times the bytes at which a snapshot is due
+UNFINISHED = "unfinished"  # a file that is there until a backup has a whole state
 AGAIN_SECONDS = 10.0  # after a snapshot that could not be taken
 
 
@@ -223,6 +224,10 @@ def open_journal(folder: Folder, order: PartOrder, in_background: bool = True) -
     acknowledged. The order itself is not followed: the core does that. Raises JournalError for what cannot be gone
     on with, OSError for a folder that cannot be used.
     """
+    if UNFINISHED in folder.names():
+        raise JournalError(
+            f"{folder.path}: is the unfinished copy of another shard's journal; start the shard that has the whole one"
+        )
     job = Job.model_validate_json(order.specification)
     clean(folder)
     snapshot = load_newest(folder)

@@ -15,11 +15,11 @@ from msgspec import structs
 from paramserver.job import Job
 from paramserver.process import log
 from paramserver.protocol.messages import PartOrder, Replicate
-from paramserver.shard.journal.keeper import ShardJournal, must_fit, this_build
+from paramserver.shard.journal.keeper import UNFINISHED, ShardJournal, must_fit, this_build
 from paramserver.shard.journal.layout import Entry, JournalError, adopt_records, entries
 from paramserver.shard.journal.records import TakenUp
 from paramserver.shard.journal.replay import replay, restored
-from paramserver.shard.journal.segments import LogReader, SegmentLog, segment_name, segment_numbers
+from paramserver.shard.journal.segments import LogReader, SegmentLog
 from paramserver.shard.journal.snapshot import ASIDE, SnapshotWriter, Written, load_newest, snapshot_names
 from paramserver.shard.journal.storage import File, Folder
 from paramserver.shard.replication.assembly import Assembly
@@ -95,8 +95,11 @@ class Store:
     def begin(self, line: Line) -> None:
         """Forget what is here, and take this line from its start. Raises OSError; then there is no line."""
         self.drop()
-        for name in _in_safe_order(self.folder):
-            self.folder.remove(name)
+        self.folder.create(UNFINISHED).close()
+        self.folder.sync()  # what is left, should we die now, must not pass for a journal
+        for name in self.folder.names():
+            if name != UNFINISHED:
+                self.folder.remove(name)
         self.line = line
 
     def drop(self) -> None:
@@ -212,6 +215,8 @@ class Store:
 
     def _serve(self, serving: Serving) -> None:
         assert self._log is not None
+        self.folder.remove(UNFINISHED)
+        self.folder.sync()
         self.serving = serving
         self._journal = ShardJournal(self.folder, self._log, serving, self._in_background)
 
@@ -297,11 +302,3 @@ class Store:
         """Let go of the folder. What is not committed is forgotten."""
         self.drop()
         self.folder.close()
-
-
-def _in_safe_order(folder: Folder) -> list[str]:
-    """The files, in an order of removal in which what is left at any moment cannot pass for a whole journal."""
-    firsts = [segment_name(first) for first in segment_numbers(folder)]
-    manifests = [name for name in folder.names() if name.endswith(".json")]
-    others = [name for name in folder.names() if name not in firsts and name not in manifests]
-    return [*manifests, *others, *firsts]
