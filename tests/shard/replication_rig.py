@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -475,7 +475,6 @@ class Counts:
     full_disks: int = 0
     compared: int = 0  # backups with their primaries
     taken_over: int = 0  # parts by a backup
-    snapshots: int = field(default=0)
 
 
 class World:

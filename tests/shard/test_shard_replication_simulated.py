@@ -71,12 +71,11 @@ def run_all(job: str, log: str, seeds: range) -> None:
         run(world, f"seed {seed} of {job} with {log}")
         fired.update(vars(world.counts))
         fired.update({name: getattr(world.coordinator, name) for name in ("promotions", "grants", "handovers")})
-    print(dict(fired))
     # The faults have fired, and so has what they are to bring about.
     for name in ("crashes", "stops", "cuts", "deafnesses", "full_disks", "taken_over", "grants"):
         assert fired[name] > len(seeds) / 4, f"{name}: {fired}"
     assert fired["compared"] > 10 * len(seeds)
-    assert fired["promotions"] > len(seeds) / 2
+    assert fired["promotions"] > len(seeds) / 4
 
 
 @pytest.mark.parametrize("log", ["journal", "journal+fsync"])
