@@ -24,7 +24,7 @@ JOBS: dict[str, dict[str, Any]] = {
         "consistency": {"mode": "sync", "quorum": 2},
     },
 }
-SEEDS = 12  # of each job and log
+SEEDS = 16  # of each job and log
 MANY_SEEDS = 400
 STEPS = 160
 
