@@ -74,8 +74,12 @@ class EndedJobError(ValueError):
     """The job is over already; the text says how it ended."""
 
 
-def _why_unreadable(record: JobRecord) -> str:
+def _why_unreadable(record: JobRecord, documents: Mapping[str, Mapping[str, Any]]) -> str:
     """Why a stored job cannot be run by this release and with what is installed here; empty where it can."""
+    if "parts" not in documents.get("placed", {"parts": ()}):
+        return (
+            "an earlier release had placed it on its shards, and this one cannot take that over; submit the job again"
+        )
     try:
         parse_job(json.loads(record.specification), "its specification")
     except ValueError as error:
@@ -122,7 +126,7 @@ class CoordinatorCore:
             kept = documents.get(record.id, {})
             if "result" in kept:
                 self.results[record.id] = kept["result"]
-            if record.state not in FINAL_STATES and (reason := _why_unreadable(record)):
+            if record.state not in FINAL_STATES and (reason := _why_unreadable(record, kept)):
                 failed = replace(record, state="failed", reason=reason)
                 self._seal(failed, empty_result(failed))
             elif record.state in ACTIVE_STATES:
@@ -187,9 +191,6 @@ class CoordinatorCore:
         if (answer.incarnation, key) != known:
             self._effects.append(SaveName(message.name, answer.incarnation, key))
         self._effects.append(Send(peer, answer))
-        session = self.sessions.get(message.name)
-        if session is not None and session.role == "shard" and self._run is not None:
-            self._run.shard_joined(session, now)
         self._move_on(now)
 
     def _is_impostor(self, peer: Peer, name: str) -> bool:
@@ -217,7 +218,7 @@ class CoordinatorCore:
             if isinstance(beat.report, WorkerReport):
                 confirmed = self._run.hear_worker(session, beat.report, beat.seen, now)
             else:
-                self._run.hear_shard(session, beat.report, now)
+                self._run.hear_shard(session, beat.report, beat.seen, now)
         self._move_on(now, tell=False)
         self._send_orders(session, now, tuple(confirmed))
         self._tell_changes(now)
@@ -239,7 +240,7 @@ class CoordinatorCore:
             if self._run is None:
                 continue
             if session.role == "shard":
-                self._run.shard_lost(session, now - session.heard_at, now)
+                self._run.shard_lost(session, now)
             else:
                 self._run.worker_lost(session, now)
 
@@ -260,6 +261,8 @@ class CoordinatorCore:
             if not first_order:
                 session.pending[number] = (session.number, lease)
         session.told = self._about(session, shards, workers)
+        if self._run is not None and session.role == "shard":
+            self._run.failover.ordered(session)
         self._effects.append(Send(session.peer, Orders(number=session.number, order=order, confirmed=confirmed)))
 
     def _about(self, session: Session, shards: list[Session], workers: list[Session]) -> object:
@@ -269,7 +272,7 @@ class CoordinatorCore:
             return None
         if session.role == "shard":
             order = run.shard_order(session, workers)
-            return None if order is None else [(part.job, part.members, part.workers) for part in order.parts]
+            return None if order is None else (run.record.id, run.shard_stamp(session, workers))
         stage = run.stage_of(session, workers)
         return None if stage is None else (run.record.id, stage, run.is_placed(shards), run.addresses())
 
@@ -289,8 +292,8 @@ class CoordinatorCore:
         results: Iterable[LeaseResult] = (),
         is_restored: bool = False,
     ) -> JobRun:
-        settle = self.sessions.session_seconds if is_restored else 0.0
-        return JobRun(record, now, self._effects, self._count, documents, results, settle)
+        seconds = self.sessions.session_seconds
+        return JobRun(record, now, self._effects, self._count, documents, results, seconds, is_restored)
 
     def _move_on(self, now: float, tell: bool = True) -> None:
         """Advance the running job, seal it when it is over, start the next one."""

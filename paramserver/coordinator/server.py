@@ -19,6 +19,7 @@ from paramserver.coordinator.core import CoordinatorCore, EndedJobError, Unknown
 from paramserver.coordinator.effects import (
     AppendMetrics,
     Effect,
+    Happened,
     SaveJob,
     SealModel,
     Send,
@@ -208,6 +209,8 @@ class CoordinatorServer:
                 self._listener.send(effect.peer, effect.message)
             elif isinstance(effect, SaveJob):
                 log("job", id=effect.record.id, state=effect.record.state, reason=effect.record.reason)
+            elif isinstance(effect, Happened):
+                log("happened", job=effect.job, what=effect.text)
 
     def _touch_files(self, effect: Effect) -> tuple[str, str] | None:
         """Carry out an effect on a run's folder. Returns (job, what went wrong) where that fails the job."""
