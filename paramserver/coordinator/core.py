@@ -25,7 +25,7 @@ from paramserver.coordinator.effects import (
 )
 from paramserver.coordinator.lifecycle import ACTIVE_STATES, FINAL_STATES, JobRun
 from paramserver.coordinator.report import empty_result, job_figures, job_result, session_figures
-from paramserver.coordinator.sessions import Session, Sessions
+from paramserver.coordinator.sessions import SESSION_SECONDS, Session, Sessions
 from paramserver.coordinator.telemetry import slim
 from paramserver.job import Cluster as ClusterNeeds
 from paramserver.job import Job, parse_job
@@ -46,6 +46,7 @@ from paramserver.protocol.messages import (
 from paramserver.protocol.transport import Peer
 
 METRICS_SECONDS = 1.0
+FLUSH_SECONDS = 6.0  # at the end of the cluster: how long shards wait for workers to flush and to be gone
 METRICS = (  # of the status, what a line of metrics.jsonl holds
     "seconds",
     "state",
@@ -101,13 +102,14 @@ class Stored:
 
 class CoordinatorCore:
     """Args:
-    stored: what to go on with; nothing for a new cluster.
     now: monotonic seconds, as in every later call.
+    stored: what to go on with; nothing for a new cluster.
+    session_seconds: after so long a silence a process is given up.
     """
 
-    def __init__(self, now: float, stored: Stored | None = None, sessions: Sessions | None = None) -> None:
+    def __init__(self, now: float, stored: Stored | None = None, session_seconds: float = SESSION_SECONDS) -> None:
         stored = stored or Stored()
-        self.sessions = sessions or Sessions(stored.incarnations or {}, keys=stored.keys, now=now)
+        self.sessions = Sessions(stored.incarnations or {}, session_seconds, keys=stored.keys, now=now)
         self.key_of: Callable[[Peer], str] = lambda peer: ""
         """The public key that a peer has proven to hold; empty where the cluster uses no keys."""
         self.counts: Counter[str] = Counter()
@@ -119,6 +121,7 @@ class CoordinatorCore:
         self._run: JobRun | None = None
         self._counted = Counter[str]()  # `counts` when the running job's turn came
         self._last: JobRun | None = None  # the job that ended last: status goes on showing it
+        self._ending_since: float | None = None  # members are told to end
         self._started = now
         self._metrics_at = now
         documents, results = stored.documents or {}, stored.results or {}
@@ -257,13 +260,15 @@ class CoordinatorCore:
         elif self._run is not None:
             order = self._run.worker_order(session, shards, workers, now)
         session.number += 1
+        shutdown = self._must_end(session, workers, now)
         for number, (first_order, lease) in session.pending.items():
             if not first_order:
                 session.pending[number] = (session.number, lease)
         session.told = self._about(session, shards, workers)
         if self._run is not None and session.role == "shard":
             self._run.failover.ordered(session)
-        self._effects.append(Send(session.peer, Orders(number=session.number, order=order, confirmed=confirmed)))
+        orders = Orders(number=session.number, order=order, confirmed=confirmed, shutdown=shutdown)
+        self._effects.append(Send(session.peer, orders))
 
     def _about(self, session: Session, shards: list[Session], workers: list[Session]) -> object:
         """What the session's order is about; when that changes it is told at once and not at its next heartbeat."""
@@ -282,6 +287,31 @@ class CoordinatorCore:
             if session.told != self._about(session, shards, workers):
                 self._send_orders(session, now)
 
+    # -------------------------------------------------------------------------- the end of all
+
+    def shut_down(self, now: float) -> list[Effect]:
+        """The cluster ends: tell the workers, which flush and hand back, and the shards when no worker is left.
+
+        The running job stays as it is; a coordinator that is started again goes on with it.
+        """
+        self._ending_since = now if self._ending_since is None else self._ending_since
+        for session in self.sessions.of("worker"):
+            self._send_orders(session, now)
+        return self._take_effects()
+
+    def part_with_members(self) -> list[Effect]:
+        """This process ends. Where the cluster does, all that still live are told; else they wait for a successor."""
+        if self._ending_since is not None:
+            for session in self.sessions.all():
+                session.number += 1
+                self._effects.append(Send(session.peer, Orders(number=session.number, shutdown=True)))
+        return self._take_effects()
+
+    def _must_end(self, session: Session, workers: list[Session], now: float) -> bool:
+        if self._ending_since is None:
+            return False
+        return session.role == "worker" or not workers or now - self._ending_since > FLUSH_SECONDS
+
     # ---------------------------------------------------------------------------------- jobs
 
     def _make_run(
@@ -297,6 +327,8 @@ class CoordinatorCore:
 
     def _move_on(self, now: float, tell: bool = True) -> None:
         """Advance the running job, seal it when it is over, start the next one."""
+        if self._ending_since is not None:
+            return  # whoever is not heard of any more has ended as it was told
         shards, workers = self._members()
         for _ in range(len(self.jobs) + 1):
             if self._run is None:

@@ -50,7 +50,7 @@ class Failover:
         backups: how many other processes should hold each part; 0 or 1.
         session_seconds: after so long a silence a session ends.
         settled_at: before it nobody is given up: after a restart of the coordinator, processes are on their way back.
-        due_at: the same for shards of a job without a journal, which nothing can replace.
+        due_at: the same for a primary that nothing can replace.
         store: keeps a placement, before anything rests on it.
         note: tells people what happened.
     """
@@ -124,7 +124,9 @@ class Failover:
             if away.then != "waits":
                 texts.append(f"waiting for {part.primary.shard} to serve part {name}")
             else:
-                names = {part.primary.shard, part.backup.shard} if part.is_synced and part.backup else {part.primary.shard}
+                names = (
+                    {part.primary.shard, part.backup.shard} if part.is_synced and part.backup else {part.primary.shard}
+                )
                 texts.append(
                     f"waiting for {' or '.join(sorted(names))}, with the journal of {name}: start it again under the "
                     "same name and --state"
@@ -203,7 +205,7 @@ class Failover:
         part = self._known(name)
         if self._is_fit(part, part.primary, shards):
             self._grant(part, shards, now)
-        elif why := self._miss_primary(part, shards, now):
+        elif self._is_gone(part, shards, now) and (why := self._miss_primary(part, shards, now)):
             return why
         away = self._away.get(name)
         if away is not None and now - away.since > RECOVERY_SECONDS:
@@ -211,6 +213,14 @@ class Failover:
             how = f"it did not come back within {RECOVERY_SECONDS:.0f} s" + (f"; it says: {why}" if why else "")
             return self._epitaph(self._known(name), how)
         return ""
+
+    def _is_gone(self, part: PlacedPart, shards: Shards, now: float) -> bool:
+        """Whether a primary that is not here is more than late; after a coordinator's restart all are, for a while."""
+        primary, backup = part.primary, part.backup
+        if (primary.shard, primary.incarnation) in self._lost or primary.shard in shards:
+            return True
+        can_replace = backup is not None and part.is_synced and self._is_fit(part, backup, shards)
+        return now >= (self._settled_at if can_replace else self._due_at)
 
     def _miss_primary(self, part: PlacedPart, shards: Shards, now: float) -> str:
         """The primary is not here. Returns why nothing can replace it, where that is so."""
@@ -221,7 +231,7 @@ class Failover:
             unfit = self._unfit.get((part.name, part.primary.shard, part.primary.incarnation))
             self._away[part.name] = Away(now, part.primary, unfit or (lost.how if lost else "it was not heard of"))
         if not self._has_journal:
-            return self._why_lost_for_good(part, shards, now)
+            return self._why_lost_for_good(part, shards)
         if not self._replace_primary(part, shards, now) and is_new:
             self._note(f"{part.primary.shard} died ({self._away[part.name].how}); part {part.name} waits for it", now)
         return ""
@@ -332,15 +342,13 @@ class Failover:
         assert part is not None, f"part {name!r} is placed"
         return part
 
-    def _why_lost_for_good(self, part: PlacedPart, shards: Shards, now: float) -> str:
+    def _why_lost_for_good(self, part: PlacedPart, shards: Shards) -> str:
         """Without a journal nothing brings the part back."""
         if part.primary.shard in shards:
             return self._epitaph(part, "another process took its name")
         if lost := self._lost.get((part.primary.shard, part.primary.incarnation)):
             return self._epitaph(part, lost.how)
-        if now >= self._due_at:
-            return self._epitaph(part, "it did not come back after the coordinator's restart")
-        return ""
+        return self._epitaph(part, "it did not come back after the coordinator's restart")
 
     def _epitaph(self, part: PlacedPart, how: str) -> str:
         """Why a job fails whose part is lost, and what to do."""
