@@ -162,9 +162,11 @@ class Failover:
             how = f"it was not heard of for {now - session.heard_at:.1f} s"
             self._lost[session.name, session.incarnation] = Lost(session.heard_at, how)
 
-    def unfit(self, session: Session, part: PlacedPart, why: str) -> None:
+    def unfit(self, session: Session, part: PlacedPart, why: str, now: float) -> None:
         """This process says that it cannot hold the part, for good."""
-        self._unfit[part.name, session.name, session.incarnation] = why
+        if self._may_hold(part, session):
+            self._unfit[part.name, session.name, session.incarnation] = why
+            self._note(f"{session.name} cannot hold part {part.name}: {why}", now)
 
     def hear(self, session: Session, part: PlacedPart, report: PartReport, seen: int, now: float) -> Away | None:
         """The primary of a part says that it serves it under its term. Returns what that ends, if nobody served it."""
@@ -196,7 +198,7 @@ class Failover:
         for name in [part.name for part in self.parts]:
             if why := self._look_at(name, shards, now):
                 return why
-        if now >= self._settled_at and self._backups:
+        if self.parts and self._backups and now >= self._settled_at:
             self._find_backups(shards, now)
             self._hand_back(shards, now)
         return ""

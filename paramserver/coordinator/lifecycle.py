@@ -301,7 +301,7 @@ class JobRun:
         elif role is None:
             pass  # it held the part once, and has not heard yet that it does not any more
         elif report.failed:
-            self.failover.unfit(session, placed, report.failed)
+            self.failover.unfit(session, placed, report.failed, now)
             if role == "primary" and not placed.is_synced:
                 self.fail(f"{session.name!r} says: {report.failed}", now)
         elif (role, placed.term) != (report.role, report.term):
