@@ -7,6 +7,7 @@ The rules are in docs/architecture.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,7 +20,8 @@ from paramserver.protocol.messages import PartReport
 RETURN_SECONDS = 10.0  # how long a shard may take to be heard again, after the coordinator's restart or its own death
 RECOVERY_SECONDS = 60.0  # how long nobody may serve a part before the job fails
 REPLACE_SECONDS = 10.0  # so long a lost backup's place is kept for a shard that holds nothing; then any may take it
-EVEN_ENOUGH = 0.75  # a part is handed over where its new primary serves at most so much of what the old one did
+CALM_SECONDS = 3.0  # how long nothing may have changed before the load is evened out
+EVEN_ENOUGH = 0.75  # something moves only where its new shard then has at most so much of what its old one had
 
 Shards = Mapping[str, Session]  # the live ones that have spoken, by name
 
@@ -81,6 +83,7 @@ class Failover:
         self._vacant_since: dict[str, float] = {}  # by part that should have a backup and has none
         self._lost: dict[tuple[str, int], Lost] = {}  # by shard and incarnation
         self._unfit: dict[tuple[str, str, int], str] = {}  # part, shard, incarnation -> why it cannot hold the part
+        self._changed_at = -math.inf  # when the placement changed last
         self._told: dict[str, tuple[Session, int]] = {}  # part -> primary and its first order with the present backup
 
     # ------------------------------------------------------------------------ what is placed
@@ -133,7 +136,7 @@ class Failover:
                 )
         return "; ".join(texts)
 
-    def _change(self, part: PlacedPart, **changes: Any) -> PlacedPart:
+    def _change(self, part: PlacedPart, now: float, **changes: Any) -> PlacedPart:
         """Store the part's new situation; orders that rest on it can only follow."""
         assert self.placement is not None
         changed = replace(part, **changes)
@@ -141,6 +144,7 @@ class Failover:
         parts = tuple(changed if one.name == part.name else one for one in self.placement.parts)
         self.placement = replace(self.placement, parts=parts)
         self.revision += 1
+        self._changed_at = now
         if changed.backup != part.backup or changed.term != part.term:
             self._told.pop(part.name, None)
         self._store(self.placement)
@@ -182,7 +186,7 @@ class Failover:
             }[away.then]
             self._note(f"{session.name} serves part {part.name} {what}", now)
         if report.is_synced and part.backup is not None and not part.is_synced and self._was_told(part, session, seen):
-            self._change(part, is_synced=True)
+            self._change(part, now, is_synced=True)
             self._note(f"{part.backup.shard} is in step as backup of part {part.name}", now)
         return away
 
@@ -200,7 +204,8 @@ class Failover:
                 return why
         if self.parts and self._backups and now >= self._settled_at:
             self._find_backups(shards, now)
-            self._hand_back(shards, now)
+            if self._is_calm(shards, now):
+                self._even_out(shards, now)
         return ""
 
     def _look_at(self, name: str, shards: Shards, now: float) -> str:
@@ -249,7 +254,7 @@ class Failover:
         successor = shards.get(part.primary.shard)
         if successor is not None and (backup is None or is_settled) and self._may_hold(part, successor):
             # Its backup stays the recorded one until it serves: should its journal be unusable, the backup's is not.
-            self._change(part, term=part.term + 1, primary=holder_of(successor))
+            self._change(part, now, term=part.term + 1, primary=holder_of(successor))
             return True
         # Both had died. The backup's successor has on its disk all that was acknowledged, as the primary's would have.
         stand_in = shards.get(backup.shard) if backup is not None else None
@@ -262,7 +267,7 @@ class Failover:
 
     def _promote(self, part: PlacedPart, holder: Holder, now: float) -> None:
         away, term = self._away[part.name], part.term + 1
-        self._change(part, term=term, primary=holder, backup=None, is_synced=False, failovers=part.failovers + 1)
+        self._change(part, now, term=term, primary=holder, backup=None, is_synced=False, failovers=part.failovers + 1)
         self._away[part.name] = replace(away, then="failover")
         text = f"{part.primary.shard} died ({away.how}); {holder.shard} takes over part {part.name} under term {term}"
         self._note(text, now)
@@ -276,7 +281,7 @@ class Failover:
         primary = shards[part.primary.shard]
         if lost is not None and primary.heard_at - lost.heard_at < self._session_seconds / 2:
             return  # it may have died at the same moment; then both are worth waiting for
-        self._change(part, backup=None, is_synced=False, grants=part.grants + part.is_synced)
+        self._change(part, now, backup=None, is_synced=False, grants=part.grants + part.is_synced)
         if part.is_synced:
             self._note(f"{primary.name} goes on without a backup of part {part.name}: {backup.shard} is lost", now)
         else:
@@ -301,33 +306,51 @@ class Failover:
                 assert self.layout is not None
                 load, ring = loads(self.placement, self.layout, free), after(sorted(shards), part.primary.shard)
                 chosen = shards[min(free, key=lambda shard: (load[shard], ring.index(shard)))]
-                self._change(part, backup=holder_of(chosen))
+                self._change(part, now, backup=holder_of(chosen))
                 self._note(f"{chosen.name} becomes backup of part {name}", now)
 
-    def _hand_back(self, shards: Shards, now: float) -> None:
-        """Where one shard serves several parts and a backup in step serves fewer, let that one serve: load evens out.
+    def _is_calm(self, shards: Shards, now: float) -> bool:
+        """Whether every part has been served, with its backup in step, for a while."""
+        if self._away or now - self._changed_at <= CALM_SECONDS:
+            return False
+        return all(part.is_synced and self._is_fit(part, part.primary, shards) for part in self.parts)
 
-        One part at a time, and only while every part is served and has its backup in step: nothing else is under way.
+    def _even_out(self, shards: Shards, now: float) -> None:
+        """Give work back to a shard that has less than its share, since it was away: one step at a time.
+
+        A backup in step is made primary where its shard serves less than the primary's. Where none is, a backup moves
+        from the shard that holds most to the one that holds least; until that one is in step the part has no backup.
         """
         assert self.layout is not None
-        if self._away or not all(part.is_synced for part in self.parts):
-            return
+        assert self.placement is not None
         served = dict.fromkeys(shards, 0)
         for part in self.parts:
             served[part.primary.shard] += part_bytes(part, self.layout)
-        found = []
+        held = loads(self.placement, self.layout, shards)
+        least = min(sorted(shards), key=lambda shard: held[shard])
+        handing, moving = [], []
         for part in self.parts:
             assert part.backup is not None
+            size, primary, backup = part_bytes(part, self.layout), part.primary.shard, part.backup.shard
             if self._is_fit(part, part.backup, shards):
-                after_it = served[part.backup.shard] + part_bytes(part, self.layout)
-                found.append((after_it / served[part.primary.shard], part.name))
-        if found and min(found)[0] <= EVEN_ENOUGH:
-            part = self._known(min(found)[1])
-            backup, term = part.backup, part.term + 1
-            assert backup is not None
-            self._change(part, term=term, primary=backup, backup=part.primary, is_synced=False)
-            self._away[part.name] = Away(now, part.primary, "", "hand-over")
-            self._note(f"{part.primary.shard} hands part {part.name} to {backup.shard} under term {term}", now)
+                handing.append(((served[backup] + size) / served[primary], part.name))
+            if least not in (primary, backup) and self._may_hold(part, shards[least]):
+                # Rather one whose primary serves much: it can be handed over next.
+                moving.append((held[least] + size <= EVEN_ENOUGH * held[backup], served[primary], part.name))
+        if handing and min(handing)[0] <= EVEN_ENOUGH:
+            self._hand_over(self._known(min(handing)[1]), now)
+        elif moving and max(moving)[0]:
+            part = self._known(max(moving)[2])
+            self._change(part, now, backup=holder_of(shards[least]), is_synced=False)
+            self._note(f"{least} becomes backup of part {part.name}, to even out the load", now)
+
+    def _hand_over(self, part: PlacedPart, now: float) -> None:
+        """The backup in step becomes primary and the primary its backup."""
+        backup, term = part.backup, part.term + 1
+        assert backup is not None
+        self._change(part, now, term=term, primary=backup, backup=part.primary, is_synced=False)
+        self._away[part.name] = Away(now, part.primary, "", "hand-over")
+        self._note(f"{part.primary.shard} hands part {part.name} to {backup.shard} under term {term}", now)
 
     # --------------------------------------------------------------------------------- words
 

@@ -153,6 +153,8 @@ class FakeShard:
         other = cluster.processes.get(order.partner.shard) if order.partner is not None else None
         if not isinstance(other, FakeShard) or other.is_stopped or order.partner is None:
             return None
+        if frozenset((self.name, other.name)) in cluster.cut:
+            return None
         theirs = other.orders.get(order.part)
         if other.membership.incarnation != order.partner.incarnation or theirs is None:
             return None
@@ -303,6 +305,7 @@ class Cluster:
         self.core = CoordinatorCore(self.now, self.store.load())
         self.processes: dict[str, FakeShard | FakeWorker] = {}
         self.peers: dict[bytes, str] = {}
+        self.cut: set[frozenset[str]] = set()  # pairs of shards that cannot reach each other
         self.is_coordinator_up = True
         self.restarts = 1
         self.model = bytearray()

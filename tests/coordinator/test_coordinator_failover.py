@@ -135,7 +135,7 @@ def test_a_shard_that_comes_back_becomes_the_backup_that_is_missing_and_later_se
     cluster.kill("shard-1")
     cluster.run(SESSION_SECONDS + 1)
     start_again(cluster, dead)
-    cluster.run(5)
+    cluster.run(8)
     assert "shard-1 is in step as backup of part shard-0" in words(cluster)
     assert "shard-1 is in step as backup of part shard-1" in words(cluster)
     assert "shard-2 hands part shard-1 to shard-1 under term 3" in words(cluster), "the load is even again"
@@ -185,7 +185,7 @@ def test_a_stopped_shard_that_wakes_up_is_a_backup_and_serves_nobody_under_its_o
         cluster.run(0.1)
     assert sleeper.membership.incarnation == 1, "it is the same process"
     assert (sleeper.orders["shard-1"].role, sleeper.orders["shard-1"].term) == ("backup", 2)
-    cluster.run(5)
+    cluster.run(8)
     assert sleeper.orders["shard-1"].term == 3, "in step again, it serves its part again"
     assert sleeper.push(cluster, "shard-1", 3, 7)
     finish(cluster)
