@@ -304,7 +304,7 @@ class Cluster:
         self.store = Store(folder / "state-1")
         self.core = CoordinatorCore(self.now, self.store.load())
         self.processes: dict[str, FakeShard | FakeWorker] = {}
-        self.peers: dict[bytes, str] = {}
+        self.peers: dict[bytes, FakeShard | FakeWorker] = {}
         self.cut: set[frozenset[str]] = set()  # pairs of shards that cannot reach each other
         self.is_coordinator_up = True
         self.restarts = 1
@@ -371,7 +371,9 @@ class Cluster:
             match effect:
                 case Send():
                     self.sent[type(effect.message).__name__] += 1
-                    process = self.processes.get(self.peers.get(effect.peer, ""))
+                    process = self.peers.get(effect.peer)
+                    if process is not None and self.processes.get(process.name) is not process:
+                        process = None  # it is dead, and its successor has another connection
                     if process is not None and not process.is_stopped:
                         process.obey(effect.message, self.now)
                     if isinstance(effect.message, Orders) and isinstance(effect.message.order, ShardOrder):
@@ -392,7 +394,7 @@ class Cluster:
 
     def deliver(self, process: FakeShard | FakeWorker, message: Message) -> None:
         peer = f"{process.name}/{id(process)}".encode()
-        self.peers[peer] = process.name
+        self.peers[peer] = process
         frames = []
         if isinstance(message, ExportPart) and isinstance(process, FakeWorker):
             frames = [memoryview(process.model)[message.offset : message.offset + 40]]

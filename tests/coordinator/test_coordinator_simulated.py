@@ -80,8 +80,8 @@ class Simulation(Cluster):
                     if isinstance(effect, SaveDocument) and effect.kind == "placed":
                         self._check_placement({part["name"]: part for part in effect.body["parts"]})
                 case Send(peer=peer, message=message):
-                    self._check_orders(self.processes.get(self.peers.get(peer, "")), message)
-                    name = self.peers.get(peer, "")
+                    self._check_orders(self.peers.get(peer), message)
+                    name = peer.decode()
                     self._on_the_way(("to", name), lambda effect=effect: super(Simulation, self).carry_out([effect]))  # type: ignore[misc]
             if self.crash_in is not None:
                 self.crash_in -= 1
