@@ -221,7 +221,7 @@ class CoordinatorCore:
             if isinstance(beat.report, WorkerReport):
                 confirmed = self._run.hear_worker(session, beat.report, beat.seen, now)
             else:
-                self._run.hear_shard(session, beat.report, beat.seen, now)
+                self._run.hear_shard(session, beat.report, now)
         self._move_on(now, tell=False)
         self._send_orders(session, now, tuple(confirmed))
         self._tell_changes(now)
@@ -265,8 +265,6 @@ class CoordinatorCore:
             if not first_order:
                 session.pending[number] = (session.number, lease)
         session.told = self._about(session, shards, workers)
-        if self._run is not None and session.role == "shard":
-            self._run.failover.ordered(session)
         orders = Orders(number=session.number, order=order, confirmed=confirmed, shutdown=shutdown)
         self._effects.append(Send(session.peer, orders))
 

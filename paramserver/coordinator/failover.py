@@ -84,7 +84,6 @@ class Failover:
         self._lost: dict[tuple[str, int], Lost] = {}  # by shard and incarnation
         self._unfit: dict[tuple[str, str, int], str] = {}  # part, shard, incarnation -> why it cannot hold the part
         self._changed_at = -math.inf  # when the placement changed last
-        self._told: dict[str, tuple[Session, int]] = {}  # part -> primary and its first order with the present backup
 
     # ------------------------------------------------------------------------ what is placed
 
@@ -141,24 +140,16 @@ class Failover:
         assert self.placement is not None
         changed = replace(part, **changes)
         assert changed.term >= part.term
+        if changed.backup is not None and changed.backup != part.backup:
+            changed = replace(changed, partnership=part.partnership + 1)
         parts = tuple(changed if one.name == part.name else one for one in self.placement.parts)
         self.placement = replace(self.placement, parts=parts)
         self.revision += 1
         self._changed_at = now
-        if changed.backup != part.backup or changed.term != part.term:
-            self._told.pop(part.name, None)
         self._store(self.placement)
         return changed
 
     # -------------------------------------------------------------------------- what is heard
-
-    def ordered(self, session: Session) -> None:
-        """This shard was sent its present order, under the number that its session has now."""
-        for part in self.parts:
-            if part.backup is not None and is_held_by(part.primary, session):
-                told = self._told.get(part.name)
-                if told is None or told[0] is not session:
-                    self._told[part.name] = session, session.number
 
     def lost(self, session: Session, now: float) -> None:
         """A shard's session has ended."""
@@ -172,7 +163,7 @@ class Failover:
             self._unfit[part.name, session.name, session.incarnation] = why
             self._note(f"{session.name} cannot hold part {part.name}: {why}", now)
 
-    def hear(self, session: Session, part: PlacedPart, report: PartReport, seen: int, now: float) -> Away | None:
+    def hear(self, session: Session, part: PlacedPart, report: PartReport, now: float) -> Away | None:
         """The primary of a part says that it serves it under its term. Returns what that ends, if nobody served it."""
         away = self._away.pop(part.name, None)
         if away is not None:
@@ -185,15 +176,13 @@ class Failover:
                 "hand-over": f"under term {part.term}, {seconds:.1f} s after {away.was.shard} gave it up",
             }[away.then]
             self._note(f"{session.name} serves part {part.name} {what}", now)
-        if report.is_synced and part.backup is not None and not part.is_synced and self._was_told(part, session, seen):
-            self._change(part, now, is_synced=True)
-            self._note(f"{part.backup.shard} is in step as backup of part {part.name}", now)
+        backup, about = part.backup, (report.partner, report.partner_incarnation, report.partner_number)
+        # It may have been about a backup that the part had before.
+        if backup is not None and about == (backup.shard, backup.incarnation, part.partnership):
+            if report.is_synced and not part.is_synced:
+                self._change(part, now, is_synced=True)
+                self._note(f"{backup.shard} is in step as backup of part {part.name}", now)
         return away
-
-    def _was_told(self, part: PlacedPart, session: Session, seen: int) -> bool:
-        """Whether what the primary reports is about its present backup, and not about one that it had before."""
-        told = self._told.get(part.name)
-        return told is not None and told[0] is session and told[1] <= seen <= session.number
 
     # ----------------------------------------------------------------------------- the rules
 

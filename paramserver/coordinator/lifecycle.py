@@ -271,8 +271,8 @@ class JobRun:
             return f"waiting for shards: {len(shards)} of {self.job.cluster.shards} are here"
         if away := self.failover.waits_for():
             return away
-        if refusing := self.telemetry.refusing_disks():
-            return "; ".join(f"{name} holds back acknowledgements: {why}" for name, why in refusing.items())
+        if holding := self.telemetry.holding_back():
+            return "; ".join(f"{name} holds back acknowledgements: {why}" for name, why in holding.items())
         return "" if workers else "waiting for workers: none is alive"
 
     # ---------------------------------------------------------------------------- what is heard
@@ -286,14 +286,13 @@ class JobRun:
         report = self._own_report(worker)
         return report.drained if report is not None else not worker.pending
 
-    def hear_shard(self, session: Session, report: ShardReport, seen: int, now: float) -> None:
-        """`seen`: the number of the last order that the shard had by then."""
+    def hear_shard(self, session: Session, report: ShardReport, now: float) -> None:
         for part in report.parts:
             if part.job == self.record.id:
-                self._hear_part(session, part, seen, now)
+                self._hear_part(session, part, now)
         self.telemetry.take_shard(session.name, session.incarnation, report)
 
-    def _hear_part(self, session: Session, report: PartReport, seen: int, now: float) -> None:
+    def _hear_part(self, session: Session, report: PartReport, now: float) -> None:
         placed = self.failover.part(report.part)
         role = None if placed is None else self.failover.role_of(session, placed)
         if placed is None or report.term > placed.term or report.initialised_blocks > report.blocks:
@@ -311,9 +310,9 @@ class JobRun:
         elif report.blocks != len(placed.blocks):
             self._count("inconsistent-report")
         else:
-            self._hear_primary(session, placed, report, seen, now)
+            self._hear_primary(session, placed, report, now)
 
-    def _hear_primary(self, session: Session, placed: PlacedPart, report: PartReport, seen: int, now: float) -> None:
+    def _hear_primary(self, session: Session, placed: PlacedPart, report: PartReport, now: float) -> None:
         before = self.telemetry.parts.get(placed.name)
         has_begun = self.state in ACTIVE_STATES[1:]
         # A backup that took over has what was acknowledged, which may be less than the last primary reported.
@@ -323,7 +322,7 @@ class JobRun:
             self.fail(self.failover.lost_values(placed), now)
             return
         self.telemetry.take_part(session.name, session.incarnation, report)
-        away = self.failover.hear(session, placed, report, seen, now)
+        away = self.failover.hear(session, placed, report, now)
         if away is not None and away.then == "waits":
             self.shards_recovered.append(session.name)
         if away is not None:

@@ -51,7 +51,7 @@ class ShardOrders:
             members=members if is_primary else (),  # a backup learns what counts from the records
             workers=keys if is_primary else (),
             role=role,
-            partner=None if other is None else _partner(other, part.is_synced),
+            partner=None if other is None else _partner(other, part),
         )
 
 
@@ -62,5 +62,5 @@ def addresses(parts: tuple[PlacedPart, ...]) -> tuple[PartAddress, ...]:
     )
 
 
-def _partner(holder: Holder, is_synced: bool) -> Partner:
-    return Partner(holder.shard, holder.incarnation, holder.address, holder.key, is_synced)
+def _partner(holder: Holder, part: PlacedPart) -> Partner:
+    return Partner(holder.shard, holder.incarnation, holder.address, holder.key, part.is_synced, part.partnership)

@@ -40,6 +40,7 @@ class PlacedPart:
     primary: Holder
     backup: Holder | None = None
     is_synced: bool = False
+    partnership: int = 0  # grows with every new backup, also with the same process again
     failovers: int = 0  # how often its backup became primary because the primary had died
     grants: int = 0  # how often its primary was allowed to go on without the backup that it waited for
 
@@ -92,6 +93,7 @@ def place(layout: Layout, shards: Mapping[str, Holder], wanted: int, has_backups
                 blocks=blocks,
                 primary=shards[name],
                 backup=shards[after(ring, name)[0]] if has_backups and len(ring) > 1 else None,
+                partnership=1,
             )
             for name, blocks in placed.items()
         )

@@ -241,9 +241,10 @@ class Telemetry:
             "skipped_steps": sum(report.skipped_steps for report in workers),
         }
 
-    def refusing_disks(self) -> dict[str, str]:
-        """Parts whose journal cannot be written now, and why."""
-        return {name: report.refusing_disk for name, report in sorted(self.parts.items()) if report.refusing_disk}
+    def holding_back(self) -> dict[str, str]:
+        """Parts that acknowledge nothing now, and why."""
+        whys = {name: report.refusing_disk or report.waiting_for for name, report in sorted(self.parts.items())}
+        return {name: why for name, why in whys.items() if why}
 
     def by_part(self) -> dict[str, Any]:
         return {
@@ -267,6 +268,7 @@ class Telemetry:
                 "journal_bytes": report.journal_bytes,
                 "record": report.record,
                 "refusing_disk": report.refusing_disk,
+                "waiting_for": report.waiting_for,
             }
             for name, report in sorted(self.parts.items())
         }

@@ -50,6 +50,9 @@ def specification(**settings: Any) -> str:
     return json.dumps(job)
 
 
+Partnership = tuple[str, int, int]  # shard, incarnation and number
+
+
 class FakeShard:
     """Becomes what its orders say. First values of blocks come from a worker, or from its journal.
 
@@ -77,7 +80,7 @@ class FakeShard:
         self.membership = Membership(introduction, self.report)
         self.orders: dict[str, PartOrder] = {}
         self.initialised: set[int] = set()
-        self.waits_for: dict[str, tuple[str, int]] = {}  # part -> the backup that is in step: shard and incarnation
+        self.waits_for: dict[str, Partnership] = {}  # part -> the backup that is in step
         self.job = ""
 
     @property
@@ -104,6 +107,9 @@ class FakeShard:
             record=record,
             stored=record if order.part in self.waits_for else 0,
             is_synced=order.part in self.waits_for,
+            partner="" if order.partner is None else order.partner.shard,
+            partner_incarnation=0 if order.partner is None else order.partner.incarnation,
+            partner_number=0 if order.partner is None else order.partner.number,
         )
 
     def obey(self, message: Message, now: float) -> None:
@@ -120,7 +126,7 @@ class FakeShard:
         self.waits_for = {part: backup for part, backup in self.waits_for.items() if part in self.orders}
 
     def _follow(self, order: PartOrder) -> PartOrder:
-        before, partner = self.orders.get(order.part), order.partner
+        before = self.orders.get(order.part)
         if before is not None and before.job == order.job:
             assert order.term >= before.term, "a term went back"
         if order.role == "backup" and (before is None or before.role == "primary" or _who(before) != _who(order)):
@@ -129,9 +135,8 @@ class FakeShard:
             self.initialised -= set(order.blocks)
         if order.role == "backup" or (before is not None and before.term != order.term):
             self.waits_for.pop(order.part, None)
-        waits_for = self.waits_for.get(order.part)
-        if waits_for is not None and (partner is None or waits_for != (partner.shard, partner.incarnation)):
-            del self.waits_for[order.part]
+        if self.waits_for.get(order.part) != _who(order):
+            self.waits_for.pop(order.part, None)
         return order
 
     def work(self, cluster: Cluster) -> list[Message]:
@@ -140,7 +145,7 @@ class FakeShard:
             if order.role == "primary" and backup is not None and order.partner is not None:
                 self._replicate(order, backup)
                 if order.part not in self.waits_for:
-                    self.waits_for[order.part] = order.partner.shard, order.partner.incarnation
+                    self.waits_for[order.part] = order.partner.shard, order.partner.incarnation, order.partner.number
                     self.membership.beat_soon()
         return []
 
@@ -158,7 +163,11 @@ class FakeShard:
         theirs = other.orders.get(order.part)
         if other.membership.incarnation != order.partner.incarnation or theirs is None:
             return None
-        is_ours = theirs.role == "backup" and _who(theirs) == (self.name, self.membership.incarnation)
+        is_ours = theirs.role == "backup" and _who(theirs) == (
+            self.name,
+            self.membership.incarnation,
+            order.partner.number,
+        )
         return other if is_ours and theirs.term == order.term else None
 
     def push(self, cluster: Cluster, part: str, term: int, update: int) -> bool:
@@ -178,8 +187,9 @@ class FakeShard:
         return True
 
 
-def _who(order: PartOrder) -> tuple[str, int] | None:
-    return None if order.partner is None else (order.partner.shard, order.partner.incarnation)
+def _who(order: PartOrder) -> Partnership | None:
+    partner = order.partner
+    return None if partner is None else (partner.shard, partner.incarnation, partner.number)
 
 
 class FakeWorker:

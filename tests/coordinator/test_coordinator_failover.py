@@ -417,7 +417,6 @@ def test_a_report_about_an_earlier_backup_does_not_make_the_present_one_synced(c
     assert session is not None
     late = next(part for part in cluster.shard("shard-0").report().parts if part.role == "primary")
     assert late.is_synced
-    seen = session.number
     cluster.kill("shard-1")
     cluster.run(SESSION_SECONDS + REPLACE_SECONDS - 1)
     cluster.shard("shard-0").work = lambda cluster: []  # type: ignore[method-assign]  # it does not catch up
@@ -426,7 +425,10 @@ def test_a_report_about_an_earlier_backup_does_not_make_the_present_one_synced(c
     assert part is not None
     assert part.backup is not None
     assert part.backup.shard == "shard-2"
-    keeper.hear(session, part, late, seen, cluster.now)
+    keeper.hear(session, part, late, cluster.now)
     assert not keeper._known("shard-0").is_synced
-    keeper.hear(session, part, late, session.number, cluster.now)
-    assert keeper._known("shard-0").is_synced, "what it says since it was told is about the present one"
+    stale = msgspec.structs.replace(late, partner="shard-2", partner_incarnation=1)
+    keeper.hear(session, part, stale, cluster.now)
+    assert not keeper._known("shard-0").is_synced, "the same process, but an earlier partnership"
+    keeper.hear(session, part, msgspec.structs.replace(stale, partner_number=part.partnership), cluster.now)
+    assert keeper._known("shard-0").is_synced
