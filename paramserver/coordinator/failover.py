@@ -178,10 +178,10 @@ class Failover:
             self._note(f"{session.name} serves part {part.name} {what}", now)
         backup, about = part.backup, (report.partner, report.partner_incarnation, report.partner_number)
         # It may have been about a backup that the part had before.
-        if backup is not None and about == (backup.shard, backup.incarnation, part.partnership):
-            if report.is_synced and not part.is_synced:
-                self._change(part, now, is_synced=True)
-                self._note(f"{backup.shard} is in step as backup of part {part.name}", now)
+        is_about = backup is not None and about == (backup.shard, backup.incarnation, part.partnership)
+        if backup is not None and is_about and report.is_synced and not part.is_synced:
+            self._change(part, now, is_synced=True)
+            self._note(f"{backup.shard} is in step as backup of part {part.name}", now)
         return away
 
     # ----------------------------------------------------------------------------- the rules
