@@ -75,6 +75,7 @@ class FakeShard:
         self.disk = {} if disk is None else disk
         self.failed = ""
         self.is_stopped = False
+        self.is_told_to_end = False
         self.address = f"tcp://{name}:{port}"
         introduction = Register(role="shard", name=name, address=self.address, pid=pid, host="fake")
         self.membership = Membership(introduction, self.report)
@@ -116,6 +117,7 @@ class FakeShard:
         orders = self.membership.hear(message, now)
         if orders is None:
             return
+        self.is_told_to_end = orders.shutdown
         assert orders.order is None or isinstance(orders.order, ShardOrder)
         parts = orders.order.parts if orders.order else ()
         job = parts[0].job if parts else ""
@@ -204,6 +206,7 @@ class FakeWorker:
         self.membership = Membership(Register(role="worker", name=name, pid=pid, host="fake"), self.report)
         self.is_stuck = False
         self.is_stopped = False
+        self.is_told_to_end = False
         self.layout, self.examples, self.loss_sum, self.model = LAYOUT, EXAMPLES, 8.0, MODEL
         self.log: list[Lease] = []
         self.failed = ""
@@ -247,6 +250,7 @@ class FakeWorker:
         orders = self.membership.hear(message, now)
         if orders is None:
             return
+        self.is_told_to_end = orders.shutdown
         self._take(orders)
 
     def _take(self, orders: Orders) -> None:
