@@ -68,6 +68,10 @@ class Api:
     def cancel(self, job: str) -> None:
         self._call("DELETE", f"/api/jobs/{quote(job, safe='')}")
 
+    def shut_down(self) -> list[str]:
+        """Tell all shards and workers to end, those too that nobody here has started. Returns their names."""
+        return [str(name) for name in cast(dict[str, list[str]], self._call("POST", "/api/shutdown"))["told"]]
+
     def status(self) -> dict[str, Any]:
         return cast(dict[str, Any], self._call("GET", "/api/status"))
 

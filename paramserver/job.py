@@ -196,17 +196,17 @@ class OptimizerSettings(_Section):
 
 class Durability(_Section):
     log: Literal["none", "journal", "journal+fsync"] = "none"  # what is acknowledged survives: the shard, the machine
-    backups: Annotated[int, Field(ge=0)] = 0
+    backups: Literal[0, 1] = 0  # other shard processes that store what a shard acknowledges, and take its place
     keep: Literal["needed", "all"] = "needed"  # all: the whole journal, to be replayed after the job
 
-    @field_validator("backups")
-    @classmethod
-    def _none_yet(cls, backups: int) -> int:
-        if backups:
+    @model_validator(mode="after")
+    def _backups_need_a_journal(self) -> Self:
+        if self.backups and self.log == "none":
             raise ValueError(
-                f"backups are not supported yet, found {backups}; use 0, and log 'journal' to survive a death"
+                f"backups {self.backups} with log 'none': a backup stores the records of a journal; use log 'journal', "
+                "or backups 0"
             )
-        return backups
+        return self
 
     @model_validator(mode="after")
     def _has_what_it_keeps(self) -> Self:
@@ -249,6 +249,15 @@ class Job(_Section):
     durability: Durability = Durability()
     routing: Routing = Routing()
     stop: Stop = Stop()
+
+    @model_validator(mode="after")
+    def _has_room_for_backups(self) -> Self:
+        if self.durability.backups and self.cluster.shards < 2:
+            raise ValueError(
+                f"durability.backups {self.durability.backups} with cluster.shards {self.cluster.shards}: a backup is "
+                "another shard process; ask for 2 shards or more, or use backups 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cannot_deadlock(self) -> Self:

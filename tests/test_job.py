@@ -86,7 +86,12 @@ def test_a_job_cannot_be_changed_once_read() -> None:
         ({"consistency": {"mode": "elastic"}}, ["job: consistency.mode: 'elastic' is not supported yet", "'sync'"]),
         ({"consistency": {"mode": "boundd"}}, ["job: consistency.mode: found 'boundd'", "did you mean 'bounded'?"]),
         ({"durability": {"log": "journl"}}, ["job: durability.log: found 'journl'", "did you mean 'journal'?"]),
-        ({"durability": {"log": "journal", "backups": 1}}, ["job: durability.backups", "not supported yet, found 1"]),
+        ({"durability": {"backups": 1}}, ["job: durability: backups 1 with log 'none'", "use log 'journal'"]),
+        ({"durability": {"log": "journal", "backups": 2}}, ["job: durability.backups: found 2", "0 or 1"]),
+        (
+            {"durability": {"log": "journal", "backups": 1}, "cluster": {"shards": 1}},
+            ["durability.backups 1 with cluster.shards 1", "ask for 2 shards"],
+        ),
         ({"routing": {"mode": "affinity"}}, ["job: routing.mode: 'affinity' is not supported yet", "'random'"]),
         ({"cluster": {"shards": 0}}, ["job: cluster.shards: found 0", "greater than or equal to 1"]),
         ({"cluster": {"workers": "two"}}, ["job: cluster.workers: found 'two'"]),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -117,20 +118,26 @@ def attach(
     worker: str,
     incarnation: int | None = None,
     push: PushSettings | None = None,
+    keys: Path | None = None,
     transport: Transport | None = None,
 ) -> Attached:
     """Connect a model to the shards that hold its blocks.
 
     Args:
         model: its float32 parameters, in layout order. The layout must be the one that the shards serve.
-        shards: where each block is; together every block once.
+        shards: the parts of the model and where each is served; together every block once. One shard may serve several.
         incarnation: must grow with every process of this worker name; the wall clock where it is not given.
         push: how updates are encoded, as the job has it, for example PushSettings(encoding="int4"); its defaults
             where it is not given.
+        keys: where the shards use keys, the folder with the secret key of `worker` (see `paramserver keygen`). They
+            let in only workers of whose key and incarnation their coordinator has told them.
         transport: where it is not given, ZeroMQ, closed with the result.
 
-    Raises ValueError for parameters that are not float32, TransportError for an address that is none.
+    Raises ValueError for parameters that are not float32 and for keys beside a transport, which has its own;
+    TransportError for an address that is none and for keys that cannot be used.
     """
+    if keys is not None and transport is not None:
+        raise ValueError("give either keys or a transport: the transport was made with its keys, or without")
     if isinstance(model, torch.nn.Module):
         parameters: Sequence[Parameter] = from_module(dict(model.named_parameters()))
     elif isinstance(model, Mapping):
@@ -141,9 +148,11 @@ def attach(
     replica = Replica(parameters)
     owned: Transport | None = None
     if transport is None:
-        from paramserver.protocol.zeromq import ZeroMQTransport  # a script that brings its own needs no zmq
+        # A script that brings its own transport needs no zmq.
+        from paramserver.protocol.keys import load_keys
+        from paramserver.protocol.zeromq import ZeroMQTransport
 
-        transport = owned = ZeroMQTransport()
+        transport = owned = ZeroMQTransport(None if keys is None else load_keys(keys, worker))
     counters = Counters()
     exchange = Exchange(
         transport,

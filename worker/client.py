@@ -36,8 +36,12 @@ LONGEST_DEADLINES = 4  # the deadline of a resent request grows up to so many ti
 LOOK_SECONDS = 1.0  # between two looks at how often the transport reconnected
 SILENT_DEADLINES = 2  # so long without a word from the shard, and the connection is taken for dead
 
+LONGEST_HELLO_SECONDS = 0.5  # between two Hellos to a shard that refuses for now: it may take the part over any moment
+
 # Refused for now: the shard has not got its order, its blocks or our Hello yet. Ask again.
-TRANSIENT = frozenset({"wrong-job", "wrong-term", "not-initialised", "unknown-worker"})
+TRANSIENT = frozenset({"wrong-job", "wrong-term", "unknown-part", "not-initialised", "unknown-worker"})
+# Among these, what a new Hello mends: the shard has forgotten ours, or its answer tells the term that we do not know.
+GREETED_ANEW = frozenset({"wrong-job", "wrong-term", "unknown-part", "unknown-worker"})
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,8 @@ class ShardClient:
         """The shard is at another address now: what is not answered is sent there, when it has answered our Hello."""
         self.channel.close()
         self.channel = channel
+        for request in self._requests.values():
+            request.is_held = False  # whoever held it is not asked any more
         self._is_welcome = False
         self._silent_since = None
         self._hello_attempts = 0
@@ -223,7 +229,11 @@ class ShardClient:
                 log("unexpected-answer", level="warning", shard=self.shard, message=type(other).__name__)
 
     def _on_welcome(self, term: int, now: float) -> None:
-        self.term = max(self.term, term)
+        if term < self.term:
+            # The coordinator has told us first; what we send would be refused until it has told the shard.
+            self._hello_due = now + min(self._pause_seconds(self._hello_attempts), LONGEST_HELLO_SECONDS)
+            return
+        self.term = term
         self._is_welcome = True
         self._hello_attempts = 0
         for request in self.requests:
@@ -299,17 +309,17 @@ class ShardClient:
             raise WorkerError(f"{self.shard}: {refusal.detail}; start workers and shards of the same release")
         if code == "wrong-layout":
             raise JobFailure(f"{self.shard}: {refusal.detail}; the workers and the job disagree about the model")
-        if code == "unknown-worker":
+        if code == "unknown-worker" and self._is_welcome:
             self._is_welcome = False
             self._hello_due = now
         elif not self._is_welcome:
-            self._hello_due = now + self._pause_seconds(self._hello_attempts)
+            self._hello_due = now + min(self._pause_seconds(self._hello_attempts), LONGEST_HELLO_SECONDS)
         elif request is None:
             # Bytes that were damaged on their way, or a late answer: the deadline sends again what is awaited.
             log("refused", level="warning", shard=self.shard, code=code, detail=refusal.detail)
         elif code in TRANSIENT:
-            if code == "wrong-job":
-                self._is_welcome = False  # a shard that takes the job up again has forgotten our Hello
+            if code in GREETED_ANEW:
+                self._is_welcome = False
                 self._hello_due = now + FIRST_PAUSE_SECONDS
             self._pause(request, now)
         else:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULT_HTTP = "127.0.0.1:8420"
 FOLLOW_SECONDS = 0.3
+TELL_SECONDS = 5.0  # how long `down` waits for the coordinator to tell everybody
 TAIL_BYTES = 64 * 2**10
 ENGINES = ("local", "compose", "ray")
 MOST_SHARDS, MOST_WORKERS = 64, 256  # processes of one machine
@@ -124,16 +125,35 @@ def _check_keys(folder: Path, names: list[str]) -> None:
 
 
 def down() -> None:
-    """Stop the cluster that `up` started, and wait until every process has ended."""
+    """Stop the cluster that `up` started, and wait until every process has ended.
+
+    Shards and workers that were started by hand are told to end as well.
+    """
     from deploy.detached import take_down
     from deploy.home import default_home
     from deploy.local import EngineError
 
+    home = default_home()
+    _tell_members(home.record())
     try:
-        record = take_down(default_home())
+        record = take_down(home)
     except EngineError as error:
         raise FailedError(str(error)) from None
     print(f"The cluster is down (pid {record.pid}).")
+
+
+def _tell_members(record: Record | None) -> None:
+    """Have the coordinator tell everybody who has joined; the supervisor ends only those that it has started."""
+    from deploy.api import Api, ApiError
+
+    if record is None or not record.url:
+        return
+    try:
+        token = Path(record.token_file).read_text(encoding="utf-8").strip() if record.token_file else ""
+        with Api(record.url, timeout_seconds=TELL_SECONDS, token=token) as api:
+            api.shut_down()
+    except (ApiError, OSError) as error:
+        print(f"paramserver: processes that were started by hand are not told to end: {error}", file=sys.stderr)
 
 
 def logs(

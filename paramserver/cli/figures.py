@@ -68,6 +68,12 @@ def result_rows(result: Figures) -> list[tuple[str, str]]:
         rows += _training_rows(result)
     if result["workers_lost"]:
         rows.append(("workers lost", ", ".join(str(name) for name in result["workers_lost"])))
+    if result["shards_recovered"]:
+        rows.append(("shards that came back", ", ".join(str(name) for name in result["shards_recovered"])))
+    if result["faults"]["failovers"]:
+        slowest = max(result["failover_seconds"], default=None)
+        count_of = count(result["faults"]["failovers"])
+        rows.append(("failovers", f"{count_of}, the slowest {number(slowest, 1)} s after the session's end"))
     return rows
 
 
@@ -115,10 +121,33 @@ def status_rows(job: Figures) -> list[tuple[str, str]]:
         ),
         ("residuals", f"norm {number(job['residual_norm'], 4)}"),
         ("replica", _replica(job)),
+        *_part_rows(job["parts"]),
         ("queues", _pairs(queues)),
         ("survived", _pairs({"examples repeated": job["examples_repeated"], **faults})),
         ("refused", _pairs(job["refusals"]) or "nothing"),
     ]
+
+
+def _part_rows(parts: Figures) -> list[tuple[str, str]]:
+    """Who serves each part of the model, and who would in its place."""
+    rows = []
+    for name, part in parts.items():
+        text = f"served by {part['shard']} under term {part['term']}"
+        if part["seconds_away"] is not None:
+            text = f"not served for {number(part['seconds_away'], 1)} s, waits for {part['shard']}"
+        if part["backup"] is not None:
+            state = "in step" if part["is_synced"] else "catching up"
+            lag = f", {count(part['lag_records'])} records behind" if part["lag_records"] else ""
+            text += f", backup {part['backup']} {state}{lag}"
+        if part["failovers"]:
+            text += f", {count(part['failovers'])} failovers"
+        rows.append((f"part {name}", text))
+    return rows
+
+
+def event_rows(job: Figures, most: int = 12) -> list[tuple[str, str]]:
+    """The last of what happened to a job: seconds since its turn came, and words."""
+    return [(f"{number(event['seconds'], 1)} s", str(event["text"])) for event in job["events"][-most:]]
 
 
 def _loss(loss: Figures, of: Figures, digits: int = 3) -> str:

@@ -13,7 +13,7 @@ import typer
 from paramserver.cli.cluster import note_deaths
 from paramserver.cli.connection import VARIABLE, Url, connected
 from paramserver.cli.errors import FailedError, InputError
-from paramserver.cli.figures import load_rows, result_rows, session_rows, status_rows, write_rows
+from paramserver.cli.figures import event_rows, load_rows, result_rows, session_rows, status_rows, write_rows
 from paramserver.cli.job_file import AsJson, JobFile, show_warnings
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.", show_default=False)]
@@ -76,6 +76,8 @@ def _write_status(found: dict[str, Any], current: dict[str, Any] | None, with_cl
     else:
         write_rows(status_rows(current))
         write_rows(load_rows(current), "load")
+        if current["events"]:
+            write_rows(event_rows(current), "events")
     if with_cluster:
         write_rows(session_rows(found), "sessions")
         for queued in found["queue"]:

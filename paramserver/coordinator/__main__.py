@@ -10,6 +10,7 @@ from pathlib import Path
 
 from paramserver.coordinator.runs import RunFolder
 from paramserver.coordinator.server import CoordinatorServer
+from paramserver.coordinator.sessions import SESSION_SECONDS
 from paramserver.coordinator.store import Store, StoreError
 from paramserver.families import FamiliesError, allow_families
 from paramserver.process import identify, install_stop, log
@@ -18,6 +19,8 @@ from paramserver.protocol.transport import TransportError
 from paramserver.protocol.zeromq import ZeroMQTransport
 from paramserver.status.access import AccessError, make_access
 from paramserver.status.http import HttpError, HttpServer
+
+SESSION_BOUNDS = 0.5, 3600.0  # less, and a busy machine's pauses end sessions
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +53,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--insecure", action="store_true", help="let everybody who reaches a socket beyond loopback use it"
     )
+    parser.add_argument(
+        "--session-seconds",
+        type=_session_seconds,
+        default=SESSION_SECONDS,
+        metavar="SECONDS",
+        help="how long a process may be silent before it is given up; six heartbeats (default: %(default)s)",
+    )
     return parser.parse_args(arguments)
+
+
+def _session_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    least, most = SESSION_BOUNDS
+    if not least <= seconds <= most:
+        raise argparse.ArgumentTypeError(f"found {text!r}, allowed are {least:g} to {most:g} seconds")
+    return seconds
 
 
 def main() -> int:
@@ -72,7 +93,16 @@ def main() -> int:
         store = Store(options.state)
         try:
             runs = RunFolder(options.runs)
-            server = CoordinatorServer(transport, ringing, options.listen, store, runs, options.data_root, key=key)
+            server = CoordinatorServer(
+                transport,
+                ringing,
+                options.listen,
+                store,
+                runs,
+                options.data_root,
+                key=key,
+                session_seconds=options.session_seconds,
+            )
             http = HttpServer(server.commands, options.http, access)
             http.start()
             try:

@@ -25,7 +25,7 @@ from paramserver.coordinator.effects import (
 )
 from paramserver.coordinator.lifecycle import ACTIVE_STATES, FINAL_STATES, JobRun
 from paramserver.coordinator.report import empty_result, job_figures, job_result, session_figures
-from paramserver.coordinator.sessions import Session, Sessions
+from paramserver.coordinator.sessions import SESSION_SECONDS, Session, Sessions
 from paramserver.coordinator.telemetry import slim
 from paramserver.job import Cluster as ClusterNeeds
 from paramserver.job import Job, parse_job
@@ -46,6 +46,7 @@ from paramserver.protocol.messages import (
 from paramserver.protocol.transport import Peer
 
 METRICS_SECONDS = 1.0
+FLUSH_SECONDS = 6.0  # at the end of the cluster: how long shards wait for workers to flush and to be gone
 METRICS = (  # of the status, what a line of metrics.jsonl holds
     "seconds",
     "state",
@@ -74,8 +75,12 @@ class EndedJobError(ValueError):
     """The job is over already; the text says how it ended."""
 
 
-def _why_unreadable(record: JobRecord) -> str:
+def _why_unreadable(record: JobRecord, documents: Mapping[str, Mapping[str, Any]]) -> str:
     """Why a stored job cannot be run by this release and with what is installed here; empty where it can."""
+    if "parts" not in documents.get("placed", {"parts": ()}):
+        return (
+            "an earlier release had placed it on its shards, and this one cannot take that over; submit the job again"
+        )
     try:
         parse_job(json.loads(record.specification), "its specification")
     except ValueError as error:
@@ -97,13 +102,14 @@ class Stored:
 
 class CoordinatorCore:
     """Args:
-    stored: what to go on with; nothing for a new cluster.
     now: monotonic seconds, as in every later call.
+    stored: what to go on with; nothing for a new cluster.
+    session_seconds: after so long a silence a process is given up.
     """
 
-    def __init__(self, now: float, stored: Stored | None = None, sessions: Sessions | None = None) -> None:
+    def __init__(self, now: float, stored: Stored | None = None, session_seconds: float = SESSION_SECONDS) -> None:
         stored = stored or Stored()
-        self.sessions = sessions or Sessions(stored.incarnations or {}, keys=stored.keys, now=now)
+        self.sessions = Sessions(stored.incarnations or {}, session_seconds, keys=stored.keys, now=now)
         self.key_of: Callable[[Peer], str] = lambda peer: ""
         """The public key that a peer has proven to hold; empty where the cluster uses no keys."""
         self.counts: Counter[str] = Counter()
@@ -115,6 +121,7 @@ class CoordinatorCore:
         self._run: JobRun | None = None
         self._counted = Counter[str]()  # `counts` when the running job's turn came
         self._last: JobRun | None = None  # the job that ended last: status goes on showing it
+        self._ending_since: float | None = None  # members are told to end
         self._started = now
         self._metrics_at = now
         documents, results = stored.documents or {}, stored.results or {}
@@ -122,7 +129,7 @@ class CoordinatorCore:
             kept = documents.get(record.id, {})
             if "result" in kept:
                 self.results[record.id] = kept["result"]
-            if record.state not in FINAL_STATES and (reason := _why_unreadable(record)):
+            if record.state not in FINAL_STATES and (reason := _why_unreadable(record, kept)):
                 failed = replace(record, state="failed", reason=reason)
                 self._seal(failed, empty_result(failed))
             elif record.state in ACTIVE_STATES:
@@ -187,9 +194,6 @@ class CoordinatorCore:
         if (answer.incarnation, key) != known:
             self._effects.append(SaveName(message.name, answer.incarnation, key))
         self._effects.append(Send(peer, answer))
-        session = self.sessions.get(message.name)
-        if session is not None and session.role == "shard" and self._run is not None:
-            self._run.shard_joined(session, now)
         self._move_on(now)
 
     def _is_impostor(self, peer: Peer, name: str) -> bool:
@@ -239,7 +243,7 @@ class CoordinatorCore:
             if self._run is None:
                 continue
             if session.role == "shard":
-                self._run.shard_lost(session, now - session.heard_at, now)
+                self._run.shard_lost(session, now)
             else:
                 self._run.worker_lost(session, now)
 
@@ -256,11 +260,13 @@ class CoordinatorCore:
         elif self._run is not None:
             order = self._run.worker_order(session, shards, workers, now)
         session.number += 1
+        shutdown = self._must_end(session, workers, now)
         for number, (first_order, lease) in session.pending.items():
             if not first_order:
                 session.pending[number] = (session.number, lease)
         session.told = self._about(session, shards, workers)
-        self._effects.append(Send(session.peer, Orders(number=session.number, order=order, confirmed=confirmed)))
+        orders = Orders(number=session.number, order=order, confirmed=confirmed, shutdown=shutdown)
+        self._effects.append(Send(session.peer, orders))
 
     def _about(self, session: Session, shards: list[Session], workers: list[Session]) -> object:
         """What the session's order is about; when that changes it is told at once and not at its next heartbeat."""
@@ -269,7 +275,7 @@ class CoordinatorCore:
             return None
         if session.role == "shard":
             order = run.shard_order(session, workers)
-            return None if order is None else [(part.job, part.members, part.workers) for part in order.parts]
+            return None if order is None else (run.record.id, run.shard_stamp(session, workers))
         stage = run.stage_of(session, workers)
         return None if stage is None else (run.record.id, stage, run.is_placed(shards), run.addresses())
 
@@ -278,6 +284,31 @@ class CoordinatorCore:
         for session in [*shards, *workers]:
             if session.told != self._about(session, shards, workers):
                 self._send_orders(session, now)
+
+    # -------------------------------------------------------------------------- the end of all
+
+    def shut_down(self, now: float) -> list[Effect]:
+        """The cluster ends: tell the workers, which flush and hand back, and the shards when no worker is left.
+
+        The running job stays as it is; a coordinator that is started again goes on with it.
+        """
+        self._ending_since = now if self._ending_since is None else self._ending_since
+        for session in self.sessions.of("worker"):
+            self._send_orders(session, now)
+        return self._take_effects()
+
+    def part_with_members(self) -> list[Effect]:
+        """This process ends. Where the cluster does, all that still live are told; else they wait for a successor."""
+        if self._ending_since is not None:
+            for session in self.sessions.all():
+                session.number += 1
+                self._effects.append(Send(session.peer, Orders(number=session.number, shutdown=True)))
+        return self._take_effects()
+
+    def _must_end(self, session: Session, workers: list[Session], now: float) -> bool:
+        if self._ending_since is None:
+            return False
+        return session.role == "worker" or not workers or now - self._ending_since > FLUSH_SECONDS
 
     # ---------------------------------------------------------------------------------- jobs
 
@@ -289,11 +320,13 @@ class CoordinatorCore:
         results: Iterable[LeaseResult] = (),
         is_restored: bool = False,
     ) -> JobRun:
-        settle = self.sessions.session_seconds if is_restored else 0.0
-        return JobRun(record, now, self._effects, self._count, documents, results, settle)
+        seconds = self.sessions.session_seconds
+        return JobRun(record, now, self._effects, self._count, documents, results, seconds, is_restored)
 
     def _move_on(self, now: float, tell: bool = True) -> None:
         """Advance the running job, seal it when it is over, start the next one."""
+        if self._ending_since is not None:
+            return  # whoever is not heard of any more has ended as it was told
         shards, workers = self._members()
         for _ in range(len(self.jobs) + 1):
             if self._run is None:

@@ -99,4 +99,14 @@ class AppendMetrics:
     figures: Mapping[str, Any]
 
 
-Effect = Send | SaveName | SaveJob | SaveDocument | SaveDone | StorePart | SealModel | WriteResult | AppendMetrics
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """Something that people should find in the log as well."""
+
+    job: str
+    text: str
+
+
+Effect = (
+    Send | SaveName | SaveJob | SaveDocument | SaveDone | StorePart | SealModel | WriteResult | AppendMetrics | Happened
+)

@@ -6,24 +6,29 @@ processes report and asks it for their orders; facts to store are appended to `e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import msgspec
 
 from paramserver.coordinator.effects import (
     Effect,
+    Happened,
     JobRecord,
     LeaseResult,
     SaveDocument,
     SaveJob,
     Send,
 )
+from paramserver.coordinator.events import Events
 from paramserver.coordinator.exporting import ModelExport
+from paramserver.coordinator.failover import RETURN_SECONDS, Failover, holder_of, is_held_by
 from paramserver.coordinator.leasing import Leasing
-from paramserver.coordinator.placement import PlacedShard, Placement, PlacementError, balance
-from paramserver.coordinator.sessions import Session
+from paramserver.coordinator.ordering import ShardOrders, Stamp, addresses
+from paramserver.coordinator.placement import PlacedPart, Placement, PlacementError, place
+from paramserver.coordinator.sessions import SESSION_SECONDS, Session
 from paramserver.coordinator.telemetry import Telemetry
 from paramserver.encoding.layers import unmatched
 from paramserver.job import Job, symbol_of, unit_of
@@ -33,11 +38,9 @@ from paramserver.protocol.messages import (
     ExportStored,
     Member,
     PartAddress,
-    PartOrder,
     PartReport,
     ShardOrder,
     ShardReport,
-    WorkerKey,
     WorkerOrder,
     WorkerReport,
 )
@@ -52,9 +55,6 @@ KIND_OF_STATE: dict[str, Kind] = {
     "evaluating": "evaluate",
     "exporting": "export",
 }
-RETURN_SECONDS = 10.0  # after a restart of the coordinator, how long a shard may take to be heard again
-RECOVERY_SECONDS = 60.0  # how long a shard with a journal may be away before the job fails
-TERM = 1  # placements do not change yet
 
 
 class JobRun:
@@ -65,7 +65,9 @@ class JobRun:
         effects: shared with the core; what must be stored is appended.
         count: counts a peer's inconsistent message by name.
         documents, results: what an earlier coordinator stored of it.
-        settle_seconds: after a restart, how long processes may take to say what they hold before anything moves.
+        session_seconds: after so long a silence a session ends.
+        is_restored: the coordinator was started again; for as long as a session lasts processes may come back and say
+            what they hold, before anything moves.
     """
 
     def __init__(
@@ -76,7 +78,8 @@ class JobRun:
         count: Callable[[str], None],
         documents: Mapping[str, Mapping[str, Any]] | None = None,
         results: Iterable[LeaseResult] = (),
-        settle_seconds: float = 0.0,
+        session_seconds: float = SESSION_SECONDS,
+        is_restored: bool = False,
     ) -> None:
         documents = documents or {}
         self.record = record
@@ -85,19 +88,24 @@ class JobRun:
         self.telemetry = Telemetry()
         self.layout: Layout | None = None
         self.examples: dict[str, int] = {}
-        self.placement: Placement | None = None
         self.workers_lost: list[str] = []
         self.shards_recovered: list[str] = []
-        self._away: dict[str, float] = {}  # shards whose journal is waited for, and since when
-        self._fingerprint = ""
-        self._shard_orders: dict[str, ShardOrder] = {}
         self._effects = effects
         self._count = count
         self._entered = now
-        self._settled_at = now + settle_seconds
-        self._shards_due_at = now + (RETURN_SECONDS if settle_seconds else 0.0)
+        self._settled_at = now + (session_seconds if is_restored else 0.0)
         self._drained_at: float | None = None
         self.seconds: dict[str, float] = {}
+        self.failover = Failover(
+            has_journal=self.job.durability.log != "none",
+            backups=self.job.durability.backups,
+            session_seconds=session_seconds,
+            settled_at=self._settled_at,
+            due_at=now + (RETURN_SECONDS if is_restored else 0.0),
+            store=self._store_placement,
+            note=self.note,
+        )
+        self._orders = ShardOrders(record.id, record.specification, self.failover)
         self._restore(documents, list(results))
 
     # ------------------------------------------------------------------------------ restoring
@@ -109,11 +117,13 @@ class JobRun:
         self.seconds = dict(progress.get("seconds", {}))
         self.workers_lost = list(progress.get("workers_lost", []))
         self.shards_recovered = list(progress.get("shards_recovered", []))
+        self.events = Events(progress.get("events", []), progress.get("events_forgotten", 0))
+        self.telemetry.restore(progress.get("counts", {}))
         self.export = ModelExport(self.record.id, bool(progress.get("is_exported", False)))
         if placed is not None:
-            self._set_layout(msgspec.convert(placed["layout"], Layout), dict(placed["examples"]))
-            shards = tuple(msgspec.convert(shard, PlacedShard) for shard in placed["shards"])
-            self.placement = Placement(placed["term"], shards)
+            layout = msgspec.convert(placed["layout"], Layout)
+            self._set_layout(layout, dict(placed["examples"]))
+            self.failover.begin(msgspec.convert({"parts": placed["parts"]}, Placement), layout)
 
     def save_progress(self, now: float) -> None:
         body = {
@@ -121,9 +131,18 @@ class JobRun:
             "seconds": self.seconds_by_state(now),
             "workers_lost": self.workers_lost,
             "shards_recovered": self.shards_recovered,
+            "events": self.events.rows(),
+            "events_forgotten": self.events.forgotten,
+            "counts": self.telemetry.progress(),
             "is_exported": self.export.is_complete,
         }
         self._effects.append(SaveDocument(self.record.id, "progress", body))
+
+    def note(self, text: str, now: float) -> None:
+        """Tell people what happened."""
+        self.events.note(self.active_seconds(now), text)
+        self._effects.append(Happened(self.record.id, text))
+        self.save_progress(now)
 
     def save_leases_if_changed(self, now: float) -> None:
         """Call before any order is sent: a lease number must be known to a successor before it leaves."""
@@ -140,6 +159,10 @@ class JobRun:
         seconds = dict(self.seconds)
         seconds[self.state] = seconds.get(self.state, 0.0) + max(0.0, now - self._entered)
         return seconds
+
+    def active_seconds(self, now: float) -> float:
+        """Since the job's turn came."""
+        return sum(seconds for state, seconds in self.seconds_by_state(now).items() if state in ACTIVE_STATES)
 
     def enter(self, state: str, now: float, reason: str = "") -> None:
         self.seconds = self.seconds_by_state(now)
@@ -159,9 +182,12 @@ class JobRun:
 
     def advance(self, shards: list[Session], workers: list[Session], now: float) -> None:
         """Move on as far as what is known allows."""
-        if self.state in FINAL_STATES or self.is_settling(now):
+        if self.state not in ACTIVE_STATES:
             return
-        self._miss_shards(shards, now)
+        if why := self.failover.look({session.name: session for session in shards}, now):
+            self.fail(why, now)
+        if self.is_settling(now):
+            return
         before = ""
         while before != self.state and self.state not in FINAL_STATES:
             before = self.state
@@ -180,9 +206,9 @@ class JobRun:
                     self._advance_exporting(shards, now)
 
     def _advance_initialising(self, shards: list[Session], now: float) -> None:
-        if self.layout is not None and self.placement is None:
+        if self.layout is not None and self.failover.placement is None:
             self._place(shards, now)
-        if self.placement is None or self.book.left("initialise"):
+        if self.failover.placement is None or self.book.left("initialise"):
             return
         reports = self._serving_reports(shards)
         if reports is not None and all(report.initialised_blocks == report.blocks for report in reports):
@@ -195,14 +221,8 @@ class JobRun:
             return
         if self._drained_at is None:
             self._drained_at = now
-        placed = [session for session in shards if self._placed(session.name) and session.name not in self._away]
-        is_published = all(
-            session.heard_at > self._drained_at
-            and isinstance(session.report, ShardReport)
-            and any(part.job == self.record.id and not part.unpublished for part in session.report.parts)
-            for session in placed
-        )
-        if self.placement is not None and len(placed) == len(self.placement.shards) and is_published:
+        reports = self._serving_reports(shards, self._drained_at)
+        if reports is not None and not any(report.unpublished for report in reports):
             self.enter("evaluating", now)
 
     def _advance_exporting(self, shards: list[Session], now: float) -> None:
@@ -213,46 +233,26 @@ class JobRun:
         # The result counts every update: the shards have spoken since the last one was acknowledged (draining).
         self.enter("done", now)
 
-    def _miss_shards(self, shards: list[Session], now: float) -> None:
-        """Shards that were not heard of again in time, after their own death or the coordinator's."""
-        if self.placement is None or now < self._shards_due_at:
-            return
-        here = {session.name for session in shards}
-        for shard in self.placement.shards:
-            if shard.name in here and shard.name not in self._away:
-                continue
-            if not self.has_journal:
-                self.fail(self._lost_shard(shard, "it did not come back after the coordinator's restart"), now)
-            elif now - self._away.setdefault(shard.name, now) > RECOVERY_SECONDS:
-                self.fail(self._lost_shard(shard, f"it did not come back within {RECOVERY_SECONDS:.0f} s"), now)
-
     def _place(self, shards: list[Session], now: float) -> None:
         assert self.layout is not None
-        if len(shards) < self.job.cluster.shards:
+        needs = self.job.cluster.shards
+        if len(shards) < needs:
             return
+        here = {session.name: holder_of(session) for session in shards}
         try:
-            placed = balance(self.layout, [session.name for session in shards], self.job.cluster.shards)
+            placement = place(self.layout, here, needs, has_backups=self.job.durability.backups > 0)
         except PlacementError as error:
             self.fail(str(error), now)
             return
-        here = {session.name: session for session in shards}
-        self.placement = Placement(
-            TERM,
-            tuple(
-                PlacedShard(name, here[name].incarnation, here[name].address, blocks, here[name].key)
-                for name, blocks in placed.items()
-            ),
-        )
-        self._save_placement()
+        self.failover.begin(placement, self.layout)
+        self._store_placement(placement)
 
-    def _save_placement(self) -> None:
+    def _store_placement(self, placement: Placement) -> None:
         assert self.layout is not None
-        assert self.placement is not None
         body = {
             "layout": msgspec.to_builtins(self.layout),
             "examples": self.examples,
-            "term": self.placement.term,
-            "shards": [asdict(shard) for shard in self.placement.shards],
+            "parts": msgspec.to_builtins(placement.parts),
         }
         self._effects.append(SaveDocument(self.record.id, "placed", body))
 
@@ -267,13 +267,12 @@ class JobRun:
         """What the job cannot go on without, in words; empty when nothing is missing."""
         if self.state in FINAL_STATES:
             return ""
-        if self.placement is None and len(shards) < self.job.cluster.shards:
+        if self.failover.placement is None and len(shards) < self.job.cluster.shards:
             return f"waiting for shards: {len(shards)} of {self.job.cluster.shards} are here"
-        if self._away:
-            names = ", ".join(sorted(self._away))
-            return f"waiting for {names}, with the journal: start it again under the same name and --state"
-        if refusing := self.telemetry.refusing_disks():
-            return "; ".join(f"{name} holds back acknowledgements: {why}" for name, why in refusing.items())
+        if away := self.failover.waits_for():
+            return away
+        if holding := self.telemetry.holding_back():
+            return "; ".join(f"{name} holds back acknowledgements: {why}" for name, why in holding.items())
         return "" if workers else "waiting for workers: none is alive"
 
     # ---------------------------------------------------------------------------- what is heard
@@ -291,68 +290,47 @@ class JobRun:
         for part in report.parts:
             if part.job == self.record.id:
                 self._hear_part(session, part, now)
-        self.telemetry.shards[session.name] = report
+        self.telemetry.take_shard(session.name, session.incarnation, report)
 
     def _hear_part(self, session: Session, report: PartReport, now: float) -> None:
-        placed = self._placed(session.name)
-        if placed is None:
-            return
-        if report.failed:
-            self.fail(f"{session.name!r} says: {report.failed}", now)
-            return
-        if report.term != TERM or report.blocks != len(placed.blocks) or report.initialised_blocks > report.blocks:
+        placed = self.failover.part(report.part)
+        role = None if placed is None else self.failover.role_of(session, placed)
+        if placed is None or report.term > placed.term or report.initialised_blocks > report.blocks:
             self._count("inconsistent-report")
+        elif role is None:
+            pass  # it held the part once, and has not heard yet that it does not any more
+        elif report.failed:
+            self.failover.unfit(session, placed, report.failed, now)
+            if role == "primary" and not placed.is_synced:
+                self.fail(f"{session.name!r} says: {report.failed}", now)
+        elif (role, placed.term) != (report.role, report.term):
+            pass  # its order is on the way
+        elif role == "backup":
+            self.telemetry.backups[placed.name] = report
+        elif report.blocks != len(placed.blocks):
+            self._count("inconsistent-report")
+        else:
+            self._hear_primary(session, placed, report, now)
+
+    def _hear_primary(self, session: Session, placed: PlacedPart, report: PartReport, now: float) -> None:
+        before = self.telemetry.parts.get(placed.name)
+        has_begun = self.state in ACTIVE_STATES[1:]
+        # A backup that took over has what was acknowledged, which may be less than the last primary reported.
+        told = before is not None and before.initialised_blocks and not placed.failovers
+        wanted = report.blocks if has_begun else before.initialised_blocks if told and before else 0
+        if report.initialised_blocks < wanted:
+            self.fail(self.failover.lost_values(placed), now)
             return
-        before = self.telemetry.parts.get(session.name)
-        self.telemetry.parts[session.name] = report
-        wanted = before.initialised_blocks if before is not None else 0
-        if report.initialised_blocks < (report.blocks if self.state in ACTIVE_STATES[1:] else wanted):
-            self.fail(self._lost_shard(placed, "it has lost their values"), now)
-        elif self._away.pop(session.name, None) is not None:
+        self.telemetry.take_part(session.name, session.incarnation, report)
+        away = self.failover.hear(session, placed, report, now)
+        if away is not None and away.then == "waits":
             self.shards_recovered.append(session.name)
+        if away is not None:
             self.save_progress(now)
 
-    def shard_joined(self, session: Session, now: float) -> None:
-        """A shard registered; under another incarnation than the placed one it has what is in its journal, or nothing.
-
-        The term stays: the blocks are placed on the same shard, and its journal is held by one process at a time.
-        """
-        placed = self._placed(session.name)
-        if placed is None or placed.incarnation == session.incarnation or self.placement is None:
-            return
-        if not self.has_journal:
-            self.fail(self._lost_shard(placed, "another process took its name"), now)
-            return
-        successor = replace(placed, incarnation=session.incarnation, address=session.address, key=session.key)
-        shards = tuple(successor if shard is placed else shard for shard in self.placement.shards)
-        self.placement = replace(self.placement, shards=shards)
-        self._away.setdefault(session.name, now)
-        self._save_placement()
-
-    def shard_lost(self, session: Session, seconds: float, now: float) -> None:
-        placed = self._placed(session.name)
-        if placed is None or self.state not in ACTIVE_STATES:
-            return
-        if self.has_journal:
-            self._away.setdefault(session.name, now)
-        else:
-            self.fail(self._lost_shard(placed, f"it was not heard of for {seconds:.1f} s"), now)
-
-    @property
-    def has_journal(self) -> bool:
-        """Whether a shard that is started again knows what it acknowledged."""
-        return self.job.durability.log != "none"
-
-    def _lost_shard(self, shard: PlacedShard, how: str) -> str:
-        assert self.layout is not None
-        lost = sum(4 * self.layout.blocks[block].elements for block in shard.blocks)
-        mend = "submit the job again" + (
-            "" if self.has_journal else "; durability {log: journal} survives such a death"
-        )
-        return (
-            f"{shard.name!r} died ({how}) and with it {len(shard.blocks)} of {len(self.layout.blocks)} blocks, "
-            f"{lost / 1e6:.1f} MB of weights; there are no backups yet: start the shard again and {mend}"
-        )
+    def shard_lost(self, session: Session, now: float) -> None:
+        """Its session has ended; what follows is decided when the job moves on."""
+        self.failover.lost(session, now)
 
     def worker_lost(self, session: Session, now: float) -> None:
         if self.book.release(session.name) or self._own_report(session) is not None:
@@ -408,13 +386,9 @@ class JobRun:
     def _set_layout(self, layout: Layout, examples: dict[str, int]) -> None:
         self.book.declare(examples)
         self.leasing.limit_training()  # after a restart: what is done says how much is left
-        self.layout, self.examples, self._fingerprint = layout, examples, layout.fingerprint
+        self.layout, self.examples = layout, examples
 
     # -------------------------------------------------------------------------------- orders
-
-    def _placed(self, name: str) -> PlacedShard | None:
-        shards = self.placement.shards if self.placement else ()
-        return next((shard for shard in shards if shard.name == name), None)
 
     def members(self, workers: list[Session]) -> tuple[Member, ...]:
         """The workers that count for consistency: those that hold training leases now."""
@@ -423,46 +397,35 @@ class JobRun:
         holders = self.book.holders("train")
         return tuple(Member(worker.name, worker.incarnation) for worker in workers if worker.name in holders)
 
-    def shard_order(self, session: Session, workers: list[Session]) -> ShardOrder | None:
-        placed = self._placed(session.name)
-        if placed is None or self.layout is None or placed.incarnation != session.incarnation:
-            return None
-        members = self.members(workers)
-        keys = tuple(WorkerKey(worker.name, worker.incarnation, worker.key) for worker in workers if worker.key)
-        known = self._shard_orders.get(session.name)
-        # The same object while nothing changes: comparing and sending it again costs nothing.
-        if known is None or (known.parts[0].members, known.parts[0].workers) != (members, keys):
-            part = PartOrder(
-                part=placed.name,
-                job=self.record.id,
-                specification=self.record.specification,
-                term=TERM,
-                phase=0,
-                layout=self.layout,
-                blocks=placed.blocks,
-                members=members,
-                workers=keys,
-            )
-            known = self._shard_orders[session.name] = ShardOrder((part,))
-        return known
+    def shard_stamp(self, session: Session, workers: list[Session]) -> Stamp:
+        """What the shard's order depends on."""
+        return self._orders.stamp(session, self.members(workers), workers)
 
-    def addresses(self) -> tuple[tuple[str, str], ...]:
-        """Where workers find the shards, and the keys that these prove to hold there."""
-        return () if self.placement is None else tuple((shard.address, shard.key) for shard in self.placement.shards)
+    def shard_order(self, session: Session, workers: list[Session]) -> ShardOrder | None:
+        return self._orders.order(session, self.shard_stamp(session, workers))
+
+    def addresses(self) -> tuple[PartAddress, ...]:
+        """Where workers find the parts."""
+        return addresses(self.failover.parts)
 
     def is_placed(self, shards: list[Session]) -> bool:
-        """Whether workers may be sent to the shards: the blocks are placed and every shard serves its own."""
-        if self.placement is None:
+        """Whether workers may be sent to the shards: the blocks are placed and every part is served."""
+        if self.failover.placement is None:
             return False
         return self.state != "initialising" or self._serving_reports(shards) is not None
 
-    def _serving_reports(self, shards: list[Session]) -> list[PartReport] | None:
-        """The reports of all placed shards, or None while one of them does not serve its order."""
-        assert self.placement is not None
-        reports = [self.telemetry.parts.get(shard.name) for shard in self.placement.shards]
-        if any(report is None for report in reports) or not shards:
-            return None
-        return cast(list[PartReport], reports)
+    def _serving_reports(self, shards: list[Session], since: float = -math.inf) -> list[PartReport] | None:
+        """The reports of all parts; None while one of them is not served, or was not reported after `since`."""
+        here = {session.name: session for session in shards}
+        reports = []
+        for part in self.failover.parts:
+            report, session = self.telemetry.parts.get(part.name), here.get(part.primary.shard)
+            if report is None or report.term != part.term or self.failover.is_away(part.name):
+                return None
+            if session is None or not is_held_by(part.primary, session) or session.heard_at <= since:
+                return None
+            reports.append(report)
+        return reports
 
     def stage_of(self, worker: Session, workers: list[Session]) -> str | None:
         """What the worker should be doing, or None for nothing. Only one initialises and only one exports."""
@@ -491,16 +454,13 @@ class JobRun:
             hold = 2**31 if self.is_settling(now) else self.leasing.top_up(worker, others, kind, now)
             self.save_leases_if_changed(now)
         is_placed = self.is_placed(shards)
-        shards_placed = self.placement.shards if self.placement and is_placed else ()
         return WorkerOrder(
             job=self.record.id,
             specification=self.record.specification,
             stage=stage,  # type: ignore[arg-type]
             phase=0,
             layout=self.layout if is_placed else None,
-            placement=tuple(
-                PartAddress(shard.name, shard.address, shard.blocks, TERM, shard.key) for shard in shards_placed
-            ),
+            placement=self.addresses() if is_placed else (),
             grants=tuple(lease for _, lease in worker.pending.values() if kind == lease.kind),
             hold=hold,
         )

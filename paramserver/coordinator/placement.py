@@ -1,9 +1,12 @@
-"""Placement: block -> shard, balanced by bytes. The same layout and shards always give the same placement."""
+"""Placement: part -> primary, backup and term. The same layout and shards always give the same first placement.
+
+A part is the blocks that share one journal, named after the shard that held it first.
+"""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from paramserver.protocol.layout import Layout
@@ -14,22 +17,40 @@ class PlacementError(ValueError):
 
 
 @dataclass(frozen=True)
-class PlacedShard:
-    """One shard's part. The incarnation says which process holds it: its successor would hold nothing."""
+class Holder:
+    """The shard process that holds a part. Another one under the same name has another incarnation."""
 
-    name: str
+    shard: str
     incarnation: int
     address: str
-    blocks: tuple[int, ...]
     key: str = ""  # its public key, where the cluster uses keys
 
 
 @dataclass(frozen=True)
-class Placement:
-    """`term` only grows."""
+class PlacedPart:
+    """`term` only grows: it is raised whenever another process becomes primary. So one term has one primary.
 
+    `is_synced`: the backup stores all that workers were told, and it may be promoted. Without it the primary may go on
+    alone: that is its grant, which is stored before the primary hears of it.
+    """
+
+    name: str
     term: int
-    shards: tuple[PlacedShard, ...]
+    blocks: tuple[int, ...]
+    primary: Holder
+    backup: Holder | None = None
+    is_synced: bool = False
+    partnership: int = 0  # grows with every new backup, also with the same process again
+    failovers: int = 0  # how often its backup became primary because the primary had died
+    grants: int = 0  # how often its primary was allowed to go on without the backup that it waited for
+
+
+@dataclass(frozen=True)
+class Placement:
+    parts: tuple[PlacedPart, ...]
+
+    def part(self, name: str) -> PlacedPart | None:
+        return next((part for part in self.parts if part.name == name), None)
 
 
 def balance(layout: Layout, shards: Sequence[str], wanted: int) -> dict[str, tuple[int, ...]]:
@@ -53,3 +74,48 @@ def balance(layout: Layout, shards: Sequence[str], wanted: int) -> dict[str, tup
         placed[position].append(block.index)
         heapq.heappush(loads, (load + 4 * block.elements, position))
     return {name: tuple(sorted(blocks)) for name, blocks in zip(names, placed, strict=True)}
+
+
+def place(layout: Layout, shards: Mapping[str, Holder], wanted: int, has_backups: bool) -> Placement:
+    """The first placement: parts balanced by bytes, each backed up by the next shard of the ring.
+
+    Args:
+        shards: those that are there, by name.
+        wanted: as in `balance`, which raises PlacementError.
+    """
+    placed = balance(layout, list(shards), wanted)
+    ring = sorted(shards)
+    return Placement(
+        tuple(
+            PlacedPart(
+                name=name,
+                term=1,
+                blocks=blocks,
+                primary=shards[name],
+                backup=shards[after(ring, name)[0]] if has_backups and len(ring) > 1 else None,
+                partnership=1,
+            )
+            for name, blocks in placed.items()
+        )
+    )
+
+
+def after(ring: Sequence[str], name: str) -> list[str]:
+    """The other names of a sorted ring, from the next one on; `name` need not be in it."""
+    return [one for one in ring if one > name] + [one for one in ring if one < name]
+
+
+def loads(placement: Placement, layout: Layout, shards: Iterable[str]) -> dict[str, int]:
+    """Bytes of weights that each of these shards holds, as primary and as backup."""
+    found = dict.fromkeys(shards, 0)
+    for part in placement.parts:
+        size = part_bytes(part, layout)
+        for holder in (part.primary, part.backup):
+            if holder is not None and holder.shard in found:
+                found[holder.shard] += size
+    return found
+
+
+def part_bytes(part: PlacedPart, layout: Layout) -> int:
+    """Bytes of the part's weights at full precision."""
+    return sum(4 * layout.blocks[block].elements for block in part.blocks)

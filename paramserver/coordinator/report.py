@@ -29,7 +29,7 @@ def job_figures(run: JobRun, waiting: str, now: float) -> dict[str, Any]:
         "reason": run.record.reason,
         "waiting": waiting,
         "warnings": [*run.record.warnings, *run.leasing.warnings],
-        "seconds": _active_seconds(run, now),
+        "seconds": run.active_seconds(now),
         "seconds_by_state": run.seconds_by_state(now),
         "steps": run.steps(),
         "steps_wanted": run.job.stop.steps,
@@ -53,16 +53,48 @@ def job_figures(run: JobRun, waiting: str, now: float) -> dict[str, Any]:
         "faults": {
             **telemetry.faults(),
             "workers_lost": len(run.workers_lost),
-            "shards_recovered": len(run.shards_recovered),
+            **_shard_faults(run),
         },
         "refusals": telemetry.refusals(),
         "workers_lost": list(run.workers_lost),
         "shards_recovered": list(run.shards_recovered),
-        "parts": telemetry.by_part(),
+        "events": run.events.rows(),
+        "events_forgotten": run.events.forgotten,
+        "failover_seconds": list(run.failover.seconds),
+        "parts": _parts(run, now),
         "shards": telemetry.by_process(),
         "workers": telemetry.by_worker(),
     }
     return cast(dict[str, Any], plain(figures))
+
+
+def _shard_faults(run: JobRun) -> dict[str, int]:
+    return {
+        "shards_recovered": len(run.shards_recovered),
+        "failovers": sum(part.failovers for part in run.failover.parts),
+        "grants": sum(part.grants for part in run.failover.parts),
+    }
+
+
+def _parts(run: JobRun, now: float) -> dict[str, Any]:
+    """Of each part: which processes hold it, and what its primary counted last."""
+    counted, away = run.telemetry.by_part(), run.failover.away_figures(now)
+    figures: dict[str, Any] = {}
+    for part in run.failover.parts:
+        report, backup = run.telemetry.parts.get(part.name), part.backup
+        lag = report.record - report.stored if report is not None and backup is not None else None
+        figures[part.name] = {
+            "shard": part.primary.shard,
+            "term": part.term,
+            "backup": None if backup is None else backup.shard,
+            "is_synced": part.is_synced,
+            "lag_records": lag,
+            "failovers": part.failovers,
+            "grants": part.grants,
+            "seconds_away": away.get(part.name),
+            **counted.get(part.name, {}),
+        }
+    return figures
 
 
 def job_result(run: JobRun, coordinator_refusals: dict[str, int], now: float) -> dict[str, Any]:
@@ -87,15 +119,18 @@ def job_result(run: JobRun, coordinator_refusals: dict[str, int], now: float) ->
         "examples": _examples(run),
         "examples_repeated": run.book.examples_repeated,
         "skipped_steps": skipped,
-        "seconds": _active_seconds(run, now),
+        "seconds": run.active_seconds(now),
         "seconds_by_state": run.seconds_by_state(now),
         "staleness": {"all": staleness["all"], "by_worker": staleness["by_worker"]},
         **telemetry.traffic(),
         "layers": telemetry.layers(),
         "refusals": {"shards": telemetry.refusals(), "coordinator": coordinator_refusals},
-        "faults": telemetry.faults(),
+        "faults": {**telemetry.faults(), "workers_lost": len(run.workers_lost), **_shard_faults(run)},
         "workers_lost": list(run.workers_lost),
         "shards_recovered": list(run.shards_recovered),
+        "events": run.events.rows(),
+        "events_forgotten": run.events.forgotten,
+        "failover_seconds": list(run.failover.seconds),
         "warnings": [*run.record.warnings, *run.leasing.warnings],
     }
     return cast(dict[str, Any], plain(figures))
@@ -122,9 +157,15 @@ def empty_result(record: JobRecord) -> dict[str, Any]:
         **telemetry.traffic(),
         "layers": {},
         "refusals": {"shards": {}, "coordinator": {}},
-        "faults": telemetry.faults(),
+        "faults": {
+            **telemetry.faults(),
+            **dict.fromkeys(("workers_lost", "shards_recovered", "failovers", "grants"), 0),
+        },
         "workers_lost": [],
         "shards_recovered": [],
+        "events": [],
+        "events_forgotten": 0,
+        "failover_seconds": [],
         "warnings": list(record.warnings),
     }
 
@@ -148,14 +189,6 @@ def _job_of(report: ShardReport | WorkerReport | None) -> str:
     if isinstance(report, ShardReport):
         return report.parts[0].job if report.parts else ""
     return report.job if report is not None else ""
-
-
-def _active_seconds(run: JobRun, now: float) -> float:
-    """Since the job's turn came."""
-    return sum(seconds for state, seconds in run.seconds_by_state(now).items() if state in _ACTIVE)
-
-
-_ACTIVE = ("initialising", "training", "draining", "evaluating", "exporting")
 
 
 def _examples(run: JobRun) -> float:

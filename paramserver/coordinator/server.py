@@ -19,6 +19,7 @@ from paramserver.coordinator.core import CoordinatorCore, EndedJobError, Unknown
 from paramserver.coordinator.effects import (
     AppendMetrics,
     Effect,
+    Happened,
     SaveJob,
     SealModel,
     Send,
@@ -26,6 +27,7 @@ from paramserver.coordinator.effects import (
     WriteResult,
 )
 from paramserver.coordinator.runs import RunFolder
+from paramserver.coordinator.sessions import SESSION_SECONDS
 from paramserver.coordinator.store import Store
 from paramserver.coordinator.submission import check_submission
 from paramserver.job import Job
@@ -34,8 +36,8 @@ from paramserver.protocol.messages import Refusal, Tick
 from paramserver.protocol.patience import HOSTILE, IGNORE_SECONDS, Patience
 from paramserver.protocol.transport import Listener, Malformed, Peer, Transport
 
-TICK_SECONDS = 0.5
-GAP_SECONDS = 1.5  # a longer time between two rounds of the loop is a gap: nobody could be heard
+SESSION_TICKS = 12  # looks at who is silent, in the time that a session lasts
+SESSION_GAPS = 2  # so many-th part of a session between two rounds of the loop is a gap: nobody could be heard
 BATCH_MESSAGES = 256  # handled in a row before commands and time get a look
 SNAPSHOT_SECONDS = 1.0
 COMMAND_SECONDS = 10.0  # how long HTTP waits for the loop
@@ -82,6 +84,7 @@ class CoordinatorServer:
         ringing: a transport of its own for the doorbell; see Doorbell.
         listen: where processes find the coordinator. Raises TransportError where it cannot be bound.
         key: the coordinator's own public key, where the transports use keys.
+        session_seconds: after so long a silence a process is given up; it sends six heartbeats in that time.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class CoordinatorServer:
         data_roots: Sequence[Path] = (),
         clock: Callable[[], float] = monotonic,
         key: str = "",
+        session_seconds: float = SESSION_SECONDS,
     ) -> None:
         self._transport = transport
         self._listener = transport.listen(listen)
@@ -101,7 +105,8 @@ class CoordinatorServer:
         self._store = store
         self._runs = runs
         self._clock = clock
-        self.core = CoordinatorCore(clock(), store.load())
+        self._tick_seconds, self._gap_seconds = session_seconds / SESSION_TICKS, session_seconds / SESSION_GAPS
+        self.core = CoordinatorCore(clock(), store.load(), session_seconds)
         self.core.key_of = self._listener.key_of
         self._commands: queue.SimpleQueue[tuple[Callable[[], None], Callable[[], bool]]] = queue.SimpleQueue()
         self._is_closed = False
@@ -117,35 +122,37 @@ class CoordinatorServer:
         last = ticked = self._clock()
         try:
             while not stop.is_set():
-                until_tick = max(0.0, ticked + TICK_SECONDS - self._clock())
+                until_tick = max(0.0, ticked + self._tick_seconds - self._clock())
                 self._transport.wait([self._listener, self._doorbell.listener], until_tick)
                 now = self._clock()
                 gap = now - last
-                if gap > GAP_SECONDS:
+                last = now
+                if gap > self._gap_seconds:
                     log("loop-gap", level="warning", seconds=gap)
                     self.core.extend(gap)
-                    self._drain()
+                    self._drain(now)
                 else:
-                    self._handle_messages()
+                    self._handle_messages(now)
                 self._doorbell.silence()
                 self._run_commands()
-                if now - ticked >= TICK_SECONDS or gap > GAP_SECONDS:
+                if now - ticked >= self._tick_seconds:
                     ticked = now
-                    self._carry_out(self.core.tick(self._clock()))
-                last = now
+                    # Not the time by now: had this process been stopped since, everybody would seem silent.
+                    self._carry_out(self.core.tick(now))
+            self._carry_out(self.core.part_with_members())
         finally:
             self._close_commands()
             self._listener.close()
             self._doorbell.listener.close()
 
-    def _drain(self) -> None:
+    def _drain(self, now: float) -> None:
         """Hear everybody who spoke during the gap before anybody is judged silent."""
-        deadline = self._clock() + GAP_SECONDS
-        while self._handle_messages() == BATCH_MESSAGES and self._clock() < deadline:
+        deadline = self._clock() + self._gap_seconds
+        while self._handle_messages(now) == BATCH_MESSAGES and self._clock() < deadline:
             pass
 
-    def _handle_messages(self) -> int:
-        """Handle what has arrived, up to a batch. Returns how many messages it was."""
+    def _handle_messages(self, now: float) -> int:
+        """Handle what has arrived by now, up to a batch. Returns how many messages it was."""
         for handled in range(BATCH_MESSAGES):
             received = self._listener.receive(0)
             if received is None:
@@ -155,7 +162,7 @@ class CoordinatorServer:
             if isinstance(received, Malformed):
                 effects = self.core.malformed(received.peer, received.reason)
             else:
-                effects = self.core.handle(received.peer, received.message, received.frames, self._clock())
+                effects = self.core.handle(received.peer, received.message, received.frames, now)
             self._carry_out(effects)
             for effect in effects:
                 if isinstance(effect, Send) and isinstance(effect.message, Refusal) and effect.message.code in WEARING:
@@ -208,6 +215,8 @@ class CoordinatorServer:
                 self._listener.send(effect.peer, effect.message)
             elif isinstance(effect, SaveJob):
                 log("job", id=effect.record.id, state=effect.record.state, reason=effect.record.reason)
+            elif isinstance(effect, Happened):
+                log("happened", job=effect.job, what=effect.text)
 
     def _touch_files(self, effect: Effect) -> tuple[str, str] | None:
         """Carry out an effect on a run's folder. Returns (job, what went wrong) where that fails the job."""
@@ -271,6 +280,11 @@ class CoordinatorServer:
     def cancel(self, job_id: str) -> None:
         self._carry_out(self.core.cancel(job_id, self._clock()))
 
+    def shut_down(self) -> list[str]:
+        """In the loop's thread: tell all members to end, workers first. Returns their names."""
+        self._carry_out(self.core.shut_down(self._clock()))
+        return [session.name for session in self.core.sessions.all()]
+
     def snapshot(self) -> dict[str, Any]:
         figures = self.core.snapshot(self._clock())
         figures["address"] = self.address
@@ -297,6 +311,10 @@ class ServerCommands:
     def cancel(self, job_id: str) -> None:
         """Raises UnknownJobError, EndedJobError."""
         self._server.call(lambda: self._server.cancel(job_id))
+
+    def shut_down(self) -> list[str]:
+        """Tell all shards and workers to end, those too that nobody here has started. Returns their names."""
+        return self._server.call(self._server.shut_down)
 
     def jobs(self) -> list[dict[str, Any]]:
         """Summaries, the newest job first."""

@@ -26,8 +26,8 @@ from paramserver.protocol.messages import (
 )
 from paramserver.protocol.transport import Peer
 
-HEARTBEAT_SECONDS = 0.5
 SESSION_SECONDS = 3.0
+SESSION_BEATS = 6  # heartbeats in the time that a session lasts: a few may be lost
 MAX_SESSIONS = 8192
 MAX_NAMES = 100_000  # names are never forgotten, so that an incarnation never comes again
 
@@ -65,7 +65,6 @@ class Sessions:
     def __init__(
         self,
         incarnations: Mapping[str, int],
-        heartbeat_seconds: float = HEARTBEAT_SECONDS,
         session_seconds: float = SESSION_SECONDS,
         keys: Mapping[str, str] | None = None,
         now: float = 0.0,
@@ -73,7 +72,7 @@ class Sessions:
         self.incarnations = dict(incarnations)
         self.keys = dict(keys or {})
         self._kept_until = now + session_seconds
-        self.heartbeat_seconds = heartbeat_seconds
+        self.heartbeat_seconds = session_seconds / SESSION_BEATS
         self.session_seconds = session_seconds
         self._live: dict[str, Session] = {}
 

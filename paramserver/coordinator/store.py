@@ -1,7 +1,8 @@
 """The job store: what must survive the coordinator, in one SQLite file with one writer.
 
 Write-ahead logging with `synchronous = NORMAL`: a commit survives the death of the process at any moment; a
-power cut may take the last commits, never the file's consistency. Queue entries and results are synced.
+power cut may take the last commits, never the file's consistency. Queue entries, results and placements are synced: a
+coordinator that forgot that a primary may go on alone would promote a backup that lacks what was acknowledged since.
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ CREATE TABLE done (
 
 
 _KEYS = "CREATE TABLE IF NOT EXISTS keys (name TEXT PRIMARY KEY, key TEXT NOT NULL) WITHOUT ROWID"
+
+
+def _must_sync(fact: Effect) -> bool:
+    if isinstance(fact, SaveDocument):
+        return fact.kind == "placed"
+    return isinstance(fact, SaveJob) and fact.record.state in ("queued", *FINAL_STATES)
 
 
 class StoreError(Exception):
@@ -95,7 +102,7 @@ class Store:
         facts = [fact for fact in effects if isinstance(fact, SaveName | SaveJob | SaveDocument | SaveDone)]
         if not facts:
             return
-        must_sync = any(isinstance(fact, SaveJob) and fact.record.state in ("queued", *FINAL_STATES) for fact in facts)
+        must_sync = any(_must_sync(fact) for fact in facts)
         self._connection.execute(f"PRAGMA synchronous = {'FULL' if must_sync else 'NORMAL'}")
         self._connection.execute("BEGIN")
         try:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec import structs
 
+from paramserver.coordinator.counting import PartCounts
 from paramserver.encoding.layers import FULL_PRECISION
 from paramserver.protocol.messages import PartReport, ShardReport, StalenessRow, TrafficRow, WorkerReport
 from paramserver.shard.staleness import LOWER_EDGES, add_counts, summarise
 
-MOST_WORKERS = 16_384  # incarnations of workers that one job's counters are kept of; the oldest are forgotten
+MOST_PROCESSES = 16_384  # incarnations that one job's counters are kept of; the oldest are forgotten
 RATE_SECONDS = 5.0  # rates are means over the last so many seconds
 
 
@@ -43,6 +44,15 @@ def slim(report: ShardReport | WorkerReport) -> ShardReport | WorkerReport:
     return structs.replace(report, layout=None, examples={}, returned=(), done=(), begun=())
 
 
+R = TypeVar("R")
+
+
+def _keep(reports: dict[tuple[str, int], R], key: tuple[str, int], report: R) -> None:
+    reports[key] = report
+    if len(reports) > MOST_PROCESSES:
+        del reports[next(iter(reports))]
+
+
 def ratio(above: float, below: float) -> float | None:
     """None where there is nothing to divide by."""
     return above / below if below else None
@@ -53,20 +63,36 @@ def bits(nats: float | None) -> float | None:
 
 
 class Telemetry:
-    """Of one job. Workers are kept by (name, incarnation): what a dead one counted stays counted."""
+    """Of one job. Processes are kept by (name, incarnation): what a dead one counted stays counted."""
 
     def __init__(self) -> None:
         self.parts: dict[str, PartReport] = {}
-        self.shards: dict[str, ShardReport] = {}
+        """Of their primaries; counts of messages are those of all processes that served the part."""
+        self.backups: dict[str, PartReport] = {}
+        self.shards: dict[tuple[str, int], ShardReport] = {}
         self.workers: dict[tuple[str, int], WorkerReport] = {}
+        self._counts: dict[str, PartCounts] = {}
         self._samples: deque[tuple[float, dict[str, float]]] = deque()
+
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        """Go on from what `progress` of an earlier coordinator returned."""
+        self._counts = {part: PartCounts(counts) for part, counts in stored.items()}
+
+    def progress(self) -> dict[str, Any]:
+        """What a successor cannot hear from the processes that live; the caller stores it."""
+        return {part: counts.progress() for part, counts in self._counts.items()}
+
+    def take_part(self, shard: str, incarnation: int, report: PartReport) -> None:
+        """A report of the part's primary."""
+        self.parts[report.part] = self._counts.setdefault(report.part, PartCounts()).take(shard, incarnation, report)
+
+    def take_shard(self, name: str, incarnation: int, report: ShardReport) -> None:
+        _keep(self.shards, (name, incarnation), report)
 
     def take_worker(self, name: str, incarnation: int, report: WorkerReport) -> None:
         kept = slim(report)
         assert isinstance(kept, WorkerReport)
-        self.workers[name, incarnation] = kept
-        if len(self.workers) > MOST_WORKERS:
-            del self.workers[next(iter(self.workers))]
+        _keep(self.workers, (name, incarnation), kept)
 
     @property
     def steps(self) -> int:
@@ -78,13 +104,18 @@ class Telemetry:
 
     def loss(self) -> float | None:
         """The workers' last training loss, nats an element: the mean over those that have made a step."""
-        losses = [report.loss for report in self.workers.values() if report.steps and math.isfinite(report.loss)]
+        losses = [report.loss for report in self._trained() if math.isfinite(report.loss)]
         return sum(losses) / len(losses) if losses else None
+
+    def _trained(self) -> list[WorkerReport]:
+        """Of each worker the last incarnation that has made a step: what a dead one had learned is old by now."""
+        found = {name: report for (name, _), report in sorted(self.workers.items()) if report.steps}
+        return list(found.values())
 
     def metrics(self) -> dict[str, float]:
         """The workers' last training metrics by name, an element: means over those that report them."""
         found: dict[str, list[float]] = {}
-        for report in self.workers.values():
+        for report in self._trained():
             for name, value in report.metrics.items():
                 if math.isfinite(value):
                     found.setdefault(name, []).append(value)
@@ -210,9 +241,10 @@ class Telemetry:
             "skipped_steps": sum(report.skipped_steps for report in workers),
         }
 
-    def refusing_disks(self) -> dict[str, str]:
-        """Parts whose journal cannot be written now, and why."""
-        return {name: report.refusing_disk for name, report in sorted(self.parts.items()) if report.refusing_disk}
+    def holding_back(self) -> dict[str, str]:
+        """Parts that acknowledge nothing now, and why."""
+        whys = {name: report.refusing_disk or report.waiting_for for name, report in sorted(self.parts.items())}
+        return {name: why for name, why in whys.items() if why}
 
     def by_part(self) -> dict[str, Any]:
         return {
@@ -234,7 +266,9 @@ class Telemetry:
                 "bytes_out": report.bytes_out,
                 "refusals": dict(report.refusals),
                 "journal_bytes": report.journal_bytes,
+                "record": report.record,
                 "refusing_disk": report.refusing_disk,
+                "waiting_for": report.waiting_for,
             }
             for name, report in sorted(self.parts.items())
         }
@@ -250,8 +284,12 @@ class Telemetry:
                 "handshake_failures": shard.handshake_failures,
                 "dropped": shard.dropped,
             }
-            for name, shard in sorted(self.shards.items())
+            for name, shard in self._processes().items()
         }
+
+    def _processes(self) -> dict[str, ShardReport]:
+        """By name; of several incarnations the last."""
+        return {name: report for (name, _), report in sorted(self.shards.items())}
 
     def by_worker(self) -> dict[str, Any]:
         """By name; of several incarnations the last."""
@@ -278,17 +316,21 @@ class Telemetry:
             for (name, incarnation), report in sorted(self.workers.items())
         }
 
+    def _last_workers(self) -> dict[str, WorkerReport]:
+        """By name; of several incarnations the last."""
+        return {name: report for (name, _), report in sorted(self.workers.items())}
+
     def queues(self) -> dict[str, int]:
         """Depths now."""
         return {
             "parked_pulls": sum(report.parked_pulls for report in self.parts.values()),
             "pending_updates": sum(report.pending_updates for report in self.parts.values()),
-            "in_flight": sum(report.in_flight for report in self.workers.values()),
+            "in_flight": sum(report.in_flight for report in self._last_workers().values()),
         }
 
     def residual_norm(self) -> float:
         """Of all workers' residuals taken as one vector."""
-        return math.hypot(*(finite(report.residual_norm) for report in self.workers.values()))
+        return math.hypot(*(finite(report.residual_norm) for report in self._last_workers().values()))
 
 
 def _bits(rows: Iterable[TrafficRow]) -> float | None:

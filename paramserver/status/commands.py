@@ -20,6 +20,10 @@ class Commands(Protocol):
         """Raises UnknownJobError, EndedJobError."""
         ...
 
+    def shut_down(self) -> list[str]:
+        """Tell all shards and workers to end, as `down` does. Returns their names."""
+        ...
+
     def jobs(self) -> list[dict[str, Any]]: ...
 
     def job(self, job_id: str) -> dict[str, Any]:

@@ -66,6 +66,10 @@ def make_app(commands: Commands) -> FastAPI:
         job_id, warnings = await run_in_threadpool(commands.submit, text)
         return JSONResponse({"id": job_id, "warnings": warnings}, status_code=201)
 
+    @app.post("/api/shutdown")
+    def shut_down() -> dict[str, list[str]]:
+        return {"told": commands.shut_down()}
+
     @app.get("/api/jobs/{job_id}")
     def job(job_id: str) -> JSONResponse:
         return JSONResponse(commands.job(job_id))

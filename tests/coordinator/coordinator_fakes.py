@@ -50,49 +50,148 @@ def specification(**settings: Any) -> str:
     return json.dumps(job)
 
 
+Partnership = tuple[str, int, int]  # shard, incarnation and number
+
+
 class FakeShard:
-    """Becomes what its order says; its blocks are initialised when a worker does so, or when its journal holds them."""
+    """Becomes what its orders say. First values of blocks come from a worker, or from its journal.
+
+    `disk` is what survives it: by part, the updates in the order in which they were applied. A primary copies its log
+    to its backup, says then that it is in step, and acknowledges from then on only what the backup has stored too.
+    """
 
     role = "shard"
 
-    def __init__(self, name: str, pid: int, port: int = 1, journal: set[int] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        pid: int,
+        port: int = 1,
+        journal: set[int] | None = None,
+        disk: dict[str, list[int]] | None = None,
+    ) -> None:
         self.name = name
         self.journal = journal or set()
+        self.disk = {} if disk is None else disk
         self.failed = ""
-        introduction = Register(role="shard", name=name, address=f"tcp://{name}:{port}", pid=pid, host="fake")
+        self.is_stopped = False
+        self.is_told_to_end = False
+        self.address = f"tcp://{name}:{port}"
+        introduction = Register(role="shard", name=name, address=self.address, pid=pid, host="fake")
         self.membership = Membership(introduction, self.report)
-        self.order: PartOrder | None = None
+        self.orders: dict[str, PartOrder] = {}
         self.initialised: set[int] = set()
+        self.waits_for: dict[str, Partnership] = {}  # part -> the backup that is in step
+        self.job = ""
+
+    @property
+    def order(self) -> PartOrder | None:
+        """Of its own part, or of another one that it holds."""
+        return self.orders.get(self.name) or next(iter(self.orders.values()), None)
 
     def report(self) -> ShardReport:
         if self.failed:
             return ShardReport((PartReport(self.name, "job", failed=self.failed),))
-        if self.order is None:
-            return ShardReport()
-        blocks = len(self.order.blocks)
-        part = PartReport(
-            part=self.name,
-            job=self.order.job,
-            term=self.order.term,
-            blocks=blocks,
-            initialised_blocks=len(self.initialised & set(self.order.blocks)),
+        return ShardReport(tuple([self._report(order) for order in self.orders.values()]))
+
+    def _report(self, order: PartOrder) -> PartReport:
+        record = len(self.disk.get(order.part, []))
+        return PartReport(
+            part=order.part,
+            job=order.job,
+            term=order.term,
+            role=order.role,
+            blocks=len(order.blocks),
+            initialised_blocks=len(self.initialised & set(order.blocks)),
             updates=7,
             staleness=(StalenessRow("worker-0", "one", (3, 4), 4),),
+            record=record,
+            stored=record if order.part in self.waits_for else 0,
+            is_synced=order.part in self.waits_for,
+            partner="" if order.partner is None else order.partner.shard,
+            partner_incarnation=0 if order.partner is None else order.partner.incarnation,
+            partner_number=0 if order.partner is None else order.partner.number,
         )
-        return ShardReport((part,))
 
     def obey(self, message: Message, now: float) -> None:
         orders = self.membership.hear(message, now)
         if orders is None:
             return
+        self.is_told_to_end = orders.shutdown
         assert orders.order is None or isinstance(orders.order, ShardOrder)
-        order = orders.order.parts[0] if orders.order else None
-        if order is None or self.order is None or order.job != self.order.job:
+        parts = orders.order.parts if orders.order else ()
+        job = parts[0].job if parts else ""
+        if job != self.job:
             self.initialised = set(self.journal)
-        self.order = order
+            self.job = job
+        self.orders = {part.part: self._follow(part) for part in parts}
+        self.waits_for = {part: backup for part, backup in self.waits_for.items() if part in self.orders}
+
+    def _follow(self, order: PartOrder) -> PartOrder:
+        before = self.orders.get(order.part)
+        if before is not None and before.job == order.job:
+            assert order.term >= before.term, "a term went back"
+        if order.role == "backup" and (before is None or before.role == "primary" or _who(before) != _who(order)):
+            # What it holds may be of another past.
+            self.disk.pop(order.part, None)
+            self.initialised -= set(order.blocks)
+        if order.role == "backup" or (before is not None and before.term != order.term):
+            self.waits_for.pop(order.part, None)
+        if self.waits_for.get(order.part) != _who(order):
+            self.waits_for.pop(order.part, None)
+        return order
 
     def work(self, cluster: Cluster) -> list[Message]:
+        for order in self.orders.values():
+            backup = self._backup(cluster, order)
+            if order.role == "primary" and backup is not None and order.partner is not None:
+                self._replicate(order, backup)
+                if order.part not in self.waits_for:
+                    self.waits_for[order.part] = order.partner.shard, order.partner.incarnation, order.partner.number
+                    self.membership.beat_soon()
         return []
+
+    def _replicate(self, order: PartOrder, backup: FakeShard) -> None:
+        backup.disk[order.part] = list(self.disk.get(order.part, []))
+        backup.initialised |= self.initialised & set(order.blocks)
+
+    def _backup(self, cluster: Cluster, order: PartOrder) -> FakeShard | None:
+        """The process that stores this part's records for us; None where it is not there, or has another order."""
+        other = cluster.processes.get(order.partner.shard) if order.partner is not None else None
+        if not isinstance(other, FakeShard) or other.is_stopped or order.partner is None:
+            return None
+        if frozenset((self.name, other.name)) in cluster.cut:
+            return None
+        theirs = other.orders.get(order.part)
+        if other.membership.incarnation != order.partner.incarnation or theirs is None:
+            return None
+        is_ours = theirs.role == "backup" and _who(theirs) == (
+            self.name,
+            self.membership.incarnation,
+            order.partner.number,
+        )
+        return other if is_ours and theirs.term == order.term else None
+
+    def push(self, cluster: Cluster, part: str, term: int, update: int) -> bool:
+        """Apply an update of a worker at most once; whether it is acknowledged."""
+        order = self.orders.get(part)
+        if self.is_stopped or order is None or order.role != "primary" or order.term != term:
+            return False
+        log = self.disk.setdefault(part, [])
+        if update not in log:
+            log.append(update)
+        if part not in self.waits_for:
+            return True
+        backup = self._backup(cluster, order)
+        if backup is None:
+            return False
+        self._replicate(order, backup)
+        return True
+
+
+def _who(order: PartOrder) -> Partnership | None:
+    partner = order.partner
+    return None if partner is None else (partner.shard, partner.incarnation, partner.number)
 
 
 class FakeWorker:
@@ -106,6 +205,8 @@ class FakeWorker:
         self.name = name
         self.membership = Membership(Register(role="worker", name=name, pid=pid, host="fake"), self.report)
         self.is_stuck = False
+        self.is_stopped = False
+        self.is_told_to_end = False
         self.layout, self.examples, self.loss_sum, self.model = LAYOUT, EXAMPLES, 8.0, MODEL
         self.log: list[Lease] = []
         self.failed = ""
@@ -149,6 +250,7 @@ class FakeWorker:
         orders = self.membership.hear(message, now)
         if orders is None:
             return
+        self.is_told_to_end = orders.shutdown
         self._take(orders)
 
     def _take(self, orders: Orders) -> None:
@@ -179,10 +281,10 @@ class FakeWorker:
             if lease.kind == "initialise":
                 if not self.order.placement:
                     continue
-                for shard in self.order.placement:
-                    cluster.shard(shard.part).initialised.update(shard.blocks)
+                for part in self.order.placement:
+                    cluster.shard_at(part.address).initialised.update(part.blocks)
             if lease.kind == "export":
-                part = ExportPart(
+                piece = ExportPart(
                     name=self.name,
                     incarnation=self.membership.incarnation,
                     job=self.order.job,
@@ -190,7 +292,7 @@ class FakeWorker:
                     offset=self.stored,
                     total=len(self.model),
                 )
-                return [part]
+                return [piece]
             self.log.append(lease)
             del self.held[number]
             steps = 2 if lease.kind == "train" else 0
@@ -216,7 +318,8 @@ class Cluster:
         self.store = Store(folder / "state-1")
         self.core = CoordinatorCore(self.now, self.store.load())
         self.processes: dict[str, FakeShard | FakeWorker] = {}
-        self.peers: dict[bytes, str] = {}
+        self.peers: dict[bytes, FakeShard | FakeWorker] = {}
+        self.cut: set[frozenset[str]] = set()  # pairs of shards that cannot reach each other
         self.is_coordinator_up = True
         self.restarts = 1
         self.model = bytearray()
@@ -240,6 +343,10 @@ class Cluster:
         process = self.processes[name]
         assert isinstance(process, FakeShard)
         return process
+
+    def shard_at(self, address: str) -> FakeShard:
+        shards = [process for process in self.processes.values() if isinstance(process, FakeShard)]
+        return next(shard for shard in shards if shard.address == address)
 
     def worker(self, name: str) -> FakeWorker:
         process = self.processes[name]
@@ -278,11 +385,15 @@ class Cluster:
             match effect:
                 case Send():
                     self.sent[type(effect.message).__name__] += 1
-                    process = self.processes.get(self.peers.get(effect.peer, ""))
-                    if process is not None:
+                    process = self.peers.get(effect.peer)
+                    if process is not None and self.processes.get(process.name) is not process:
+                        process = None  # it is dead, and its successor has another connection
+                    if process is not None and not process.is_stopped:
                         process.obey(effect.message, self.now)
                     if isinstance(effect.message, Orders) and isinstance(effect.message.order, ShardOrder):
-                        self.members.add(tuple(member.worker for member in effect.message.order.parts[0].members))
+                        for part in effect.message.order.parts:
+                            if part.role == "primary":
+                                self.members.add(tuple(member.worker for member in part.members))
                 case StorePart():
                     if effect.offset == 0:
                         self.model.clear()
@@ -297,7 +408,7 @@ class Cluster:
 
     def deliver(self, process: FakeShard | FakeWorker, message: Message) -> None:
         peer = f"{process.name}/{id(process)}".encode()
-        self.peers[peer] = process.name
+        self.peers[peer] = process
         frames = []
         if isinstance(message, ExportPart) and isinstance(process, FakeWorker):
             frames = [memoryview(process.model)[message.offset : message.offset + 40]]
@@ -311,7 +422,7 @@ class Cluster:
             if until is not None and job_id in self.core.jobs and self.state(job_id) == until:
                 return
             self.now += 0.1
-            for process in list(self.processes.values()):
+            for process in [one for one in self.processes.values() if not one.is_stopped]:
                 for message in process.work(self):
                     self.deliver(process, message)
                 if (message := process.membership.due(self.now)) is not None:

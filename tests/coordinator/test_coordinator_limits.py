@@ -50,7 +50,7 @@ def test_layouts_and_leases_of_a_report_are_not_kept() -> None:
 
 
 def test_reports_of_dead_incarnations_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry_module, "MOST_WORKERS", 10)
+    monkeypatch.setattr(telemetry_module, "MOST_PROCESSES", 10)
     telemetry = Telemetry()
     for incarnation in range(100):
         telemetry.take_worker("w", incarnation, REPORT)

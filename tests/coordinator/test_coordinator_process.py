@@ -17,7 +17,8 @@ import httpx
 import psutil
 import pytest
 
-from paramserver.protocol.messages import Message, Refusal, Register, Registered
+from paramserver.protocol.messages import Heartbeat, Message, Orders, Refusal, Register, Registered, WorkerReport
+from paramserver.protocol.transport import Channel, Received
 from paramserver.protocol.zeromq import ZeroMQTransport
 
 JOB = "name: j\nmodel: {family: recurrent, args: {task: char-lm}}\ndata: {name: python-source}\n"
@@ -169,3 +170,63 @@ def test_port_in_use_and_folder_in_use_end_it_with_a_clear_line(coordinator: Pro
         assert text in errors
         assert "Traceback" not in errors
     assert not (other / "ready").exists()
+
+
+def test_a_session_lasts_as_long_as_the_operator_says_and_has_six_heartbeats(coordinator: Process) -> None:
+    coordinator.stop()
+    coordinator.start("--session-seconds", "1.2")
+    answer = ask(coordinator.ready["control"], Register(role="worker", name="w"))
+    assert isinstance(answer, Registered)
+    assert (answer.session_seconds, answer.heartbeat_seconds) == (1.2, pytest.approx(0.2))
+    started = monotonic()
+    coordinator.wait(lambda: not coordinator.http("GET", "/api/status").json()["sessions"], "end of the session")
+    assert monotonic() - started < 10
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1e9", "three"])
+def test_a_session_length_that_cannot_work_is_refused_with_what_is_allowed(tmp_path: Path, seconds: str) -> None:
+    command = [sys.executable, "-m", "paramserver.coordinator", "--runs", str(tmp_path), "--state", str(tmp_path)]
+    command += ["--ready-file", str(tmp_path / "ready"), f"--session-seconds={seconds}"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "allowed are 0.5 to 3600 seconds" in ended.stderr
+
+
+def test_members_are_told_to_end_by_a_command_and_not_by_a_stop_of_the_coordinator(coordinator: Process) -> None:
+    transport = ZeroMQTransport()
+    channel = transport.connect(coordinator.ready["control"])
+    channel.send(Register(role="worker", name="w"))
+    registered = channel.receive(10.0)
+    assert isinstance(registered, Received)
+    assert isinstance(registered.message, Registered)
+    beat = Heartbeat(name="w", incarnation=registered.message.incarnation, seen=0, report=WorkerReport())
+    channel.send(beat)
+    assert not _orders(channel).shutdown
+    assert coordinator.http("POST", "/api/shutdown").json() == {"told": ["w"]}
+    assert _orders(channel).shutdown
+    assert coordinator.stop() == 0
+    assert _orders(channel).shutdown, "once more, for whoever has joined since"
+    transport.close()
+
+
+def test_a_stopped_coordinator_that_goes_on_has_lost_nobody(coordinator: Process) -> None:
+    transport = ZeroMQTransport()
+    channel = transport.connect(coordinator.ready["control"])
+    channel.send(Register(role="worker", name="w"))
+    assert isinstance(channel.receive(10.0), Received)
+    assert coordinator.process is not None
+    coordinator.process.send_signal(signal.SIGSTOP)
+    try:
+        waited = monotonic()
+        coordinator.wait(lambda: monotonic() - waited > 4.0, "the end of the stop")
+    finally:
+        coordinator.process.send_signal(signal.SIGCONT)
+    assert [session["name"] for session in coordinator.http("GET", "/api/status").json()["sessions"]] == ["w"]
+    transport.close()
+
+
+def _orders(channel: Channel) -> Orders:
+    received = channel.receive(10.0)
+    assert isinstance(received, Received)
+    assert isinstance(received.message, Orders)
+    return received.message

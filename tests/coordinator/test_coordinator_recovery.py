@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from coordinator_fakes import Cluster, FakeShard, specification
 
-from paramserver.coordinator.lifecycle import RECOVERY_SECONDS
+from paramserver.coordinator.failover import RECOVERY_SECONDS
 
 
 @pytest.fixture

@@ -16,7 +16,13 @@ from paramserver.status.access import Access, AccessError, make_access, read_tok
 from paramserver.status.http import HttpError, HttpServer
 
 TOKEN = "an-honest-token-0123456789"
-CHANGES = [("POST", "/api/jobs"), ("DELETE", "/api/jobs/x"), ("PUT", "/api/jobs"), ("PATCH", "/later")]
+CHANGES = [
+    ("POST", "/api/jobs"),
+    ("POST", "/api/shutdown"),
+    ("DELETE", "/api/jobs/x"),
+    ("PUT", "/api/jobs"),
+    ("PATCH", "/later"),
+]
 READS = [("GET", "/api/status"), ("GET", "/api/jobs"), ("GET", "/api/jobs/x"), ("GET", "/api/jobs/x/model")]
 
 
@@ -33,6 +39,10 @@ class OpenCommands:
 
     def cancel(self, job_id: str) -> None:
         self.reached.append("cancel")
+
+    def shut_down(self) -> list[str]:
+        self.reached.append("shut_down")
+        return []
 
     def jobs(self) -> list[dict[str, Any]]:
         self.reached.append("jobs")

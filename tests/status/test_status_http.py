@@ -35,6 +35,10 @@ class FakeCommands:
         self._fail()
         self.cancelled.append(job_id)
 
+    def shut_down(self) -> list[str]:
+        self._fail()
+        return ["shard-0", "worker-0"]
+
     def jobs(self) -> list[dict[str, Any]]:
         self._fail()
         return [{"id": "job"}]

@@ -246,6 +246,86 @@ def test_push_waits_for_the_term_of_a_new_order() -> None:
     assert rig.updates() == 2 * len(SHAPES)
 
 
+def test_a_worker_that_is_behind_learns_the_term_from_the_shard() -> None:
+    rig = Rig()
+    rig.step(seed=1, step=1)
+    rig.order(term=2)
+    rig.step(seed=2, step=2)
+    assert rig.counters.refusals["wrong-term"] >= 1
+    assert {shard.pushes()[-1][0].term for shard in rig.shards} == {2}
+    assert rig.updates() == 2 * len(SHAPES)
+
+
+def test_a_worker_that_is_ahead_of_a_shard_sends_it_nothing_until_it_has_its_order() -> None:
+    rig = Rig()
+    rig.step(seed=1, step=1)
+    rig.exchange.follow([msgspec.structs.replace(part, term=2) for part in rig.placement])
+    ordered_at = rig.network.now + 3 * DEADLINE_SECONDS
+
+    def order_late() -> None:
+        if rig.network.now >= ordered_at:
+            rig.order(term=2)
+
+    rig.guard = order_late
+    before = len(rig.shards[0].pushes())
+    rig.step(seed=2, step=2)
+    assert rig.network.now >= ordered_at
+    assert rig.network.now < ordered_at + DEADLINE_SECONDS, "it asks often enough"
+    assert len(rig.shards[0].pushes()) - before == 2, "once too early, once when the shard was ready"
+    assert rig.updates() == 2 * len(SHAPES)
+
+
+def test_a_shard_that_answers_nothing_keeps_no_other_waiting() -> None:
+    rig = Rig()
+    rig.step(seed=1, step=1)
+    rig.shards[0].intercept = lambda received: []
+    rig.exchange.begin(make_gradients(2), rig.replica.editions.copy(), 2)
+    rig.exchange.settle(patience_seconds=0.3)
+    silent, other = rig.exchange._clients
+    assert (silent.is_settled, other.is_settled) == (False, True)
+    assert len(rig.shards[1].pushes()) == 2
+
+
+@pytest.mark.parametrize("code", ["unknown-part", "wrong-term", "wrong-job", "unknown-worker"])
+def test_what_a_shard_that_gave_a_part_away_refuses_waits_for_the_new_placement(code: str) -> None:
+    """A primary that became a backup; the coordinator tells the worker later than it."""
+    rig = Rig()
+    rig.step(seed=1, step=1)
+    old = rig.shards[0]
+    new = Shard(rig.network, "elsewhere")
+    new.core = old.core
+    assert new.core.serving is not None
+    new.core.serving.peers.clear()
+    refused = [0]
+
+    def refuse(received: Received) -> list[Reply]:
+        refused[0] += 1
+        request = getattr(received.message, "request", 0)
+        return [Reply(received.peer, Refusal(request=request, code=code, detail="not here"))]  # type: ignore[arg-type]
+
+    old.intercept = refuse
+    told_at = rig.network.now + 2 * DEADLINE_SECONDS
+
+    def tell() -> None:
+        if rig.network.now >= told_at:
+            rig.order(term=2)
+            moved = msgspec.structs.replace(rig.placement[0], address=new.listener.address, term=2)
+            rig.exchange.follow([moved, msgspec.structs.replace(rig.placement[1], term=2)])
+
+    rig.guard = tell
+    rig.shards[0] = new
+
+    def pump() -> None:
+        old.pump()
+        rig.pump()
+
+    rig.network.idle = pump
+    rig.step(seed=2, step=2)
+    assert 1 < refused[0] < 20
+    assert rig.network.now < told_at + DEADLINE_SECONDS, "the new primary has the update at once"
+    assert rig.updates() == 2 * len(SHAPES)
+
+
 def test_push_to_blocks_without_a_value_is_repeated_until_they_have_one() -> None:
     rig = Rig(initialise=False)
     other = rig.connect("w1")
