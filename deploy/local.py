@@ -2,7 +2,8 @@
 
 Every child holds the read end of a pipe whose write end only this process has (paramserver/process.py),
 so that even a SIGKILL of this process ends them all. Children live in sessions of their own: Ctrl-C in
-a terminal reaches only this process, which then stops them in order. Nothing is restarted on its own.
+a terminal reaches only this process, which then stops them in order. What dies is started again by
+supervision.py, where the one who holds the cluster asks for it.
 """
 
 from __future__ import annotations
@@ -87,6 +88,20 @@ class Death:
         except ValueError:
             return f"signal {-self.exit_code}"
 
+    @property
+    def is_in_order(self) -> bool:
+        """Whether it ended as one does that was asked to: somebody sent it SIGTERM, or an order said so."""
+        return self.exit_code == 0
+
+    @property
+    def phrase(self) -> str:
+        """What happened, as a sentence without its end."""
+        if self.is_in_order:
+            return f"{self.name} left in good order"
+        if self.exit_code < 0:
+            return f"{self.name} was killed ({self.reason.removeprefix('signal ')})"
+        return f"{self.name} ended with {self.reason}"
+
     def __str__(self) -> str:
         return f"{self.name} ended with {self.reason}; last lines of {self.log}:\n{last_lines(self.log)}"
 
@@ -165,9 +180,7 @@ class LocalCluster:
             for name in self.shard_names:
                 self.start_shard(name)
             for name in self.worker_names:
-                threads = str(self.topology.threads)
-                families = self.topology.family_arguments()
-                self._spawn(name, ["-m", "worker", *self._joining(name), "--threads", threads, *families])
+                self.start_worker(name)
             self._await_sessions({*self.shard_names, *self.worker_names}, stop, deadline)
         except OSError as error:
             self.stop()
@@ -181,12 +194,33 @@ class LocalCluster:
         state = ["--state", str(self.directory / "state" / "shards")]
         self._spawn(name, ["-m", "paramserver.shard", *self._joining(name), "--listen", LOOPBACK, *state])
 
+    def start_worker(self, name: str) -> None:
+        """Start a worker, or start one again that has died: it joins as a new incarnation."""
+        threads, families = str(self.topology.threads), self.topology.family_arguments()
+        self._spawn(name, ["-m", "worker", *self._joining(name), "--threads", threads, *families])
+
+    def start_again(self, name: str) -> None:
+        """Start a process of this cluster that has ended, and do not wait for it. Raises OSError."""
+        if name == "coordinator":
+            self._spawn_coordinator()
+        elif name in self.shard_names:
+            self.start_shard(name)
+        else:
+            self.start_worker(name)
+
     def _joining(self, name: str) -> list[str]:
         return ["--coordinator", self.control, "--name", name, *self.topology.key_arguments()]
 
     def start_coordinator(self, stop: StopRequest | None = None, deadline: float | None = None) -> None:
-        """Start the coordinator, or start it again on the ports and the state that it had."""
+        """Start the coordinator, or start it again on the ports and the state that it had; wait until it listens."""
         deadline = deadline if deadline is not None else time.monotonic() + START_SECONDS
+        ready = self._spawn_coordinator()
+        self._await(ready.exists, "the coordinator to listen", stop or StopRequest(), deadline)
+        addresses: dict[str, Any] = json.loads(ready.read_text(encoding="utf-8"))
+        self.control, self.url = addresses["control"], addresses["http"]
+
+    def _spawn_coordinator(self) -> Path:
+        """The file that it writes once it listens."""
         ready = self.directory / READY_FILE
         ready.unlink(missing_ok=True)
         arguments = ["-m", "paramserver.coordinator", "--listen", self.control or LOOPBACK]
@@ -196,9 +230,7 @@ class LocalCluster:
         for root in self.topology.data_roots:
             arguments += ["--data-root", str(root.resolve())]
         self._spawn("coordinator", [*arguments, *self.topology.door_arguments()])
-        self._await(ready.exists, "the coordinator to listen", stop or StopRequest(), deadline)
-        addresses: dict[str, Any] = json.loads(ready.read_text(encoding="utf-8"))
-        self.control, self.url = addresses["control"], addresses["http"]
+        return ready
 
     def _spawn(self, name: str, arguments: Sequence[str]) -> None:
         assert self._lifeline is not None, "start() opens the lifeline first"
