@@ -46,10 +46,11 @@ SECONDS: Mapping[Kind, tuple[float, float]] = {
     "stop-worker": (0.5, 5.0),
     "stop-shard": (0.5, 4.0),
     "stop-coordinator": (0.5, 5.0),
-    "cut-worker-shard": (0.5, 4.0),
-    "cut-worker-coordinator": (0.5, 5.0),
-    "cut-shard-coordinator": (0.5, 2.0),
-    "cut-shard-shard": (0.5, 3.0),
+    # At least a second: two heartbeats, so that even a silent one keeps something back.
+    "cut-worker-shard": (1.0, 4.0),
+    "cut-worker-coordinator": (1.0, 5.0),
+    "cut-shard-coordinator": (1.0, 2.0),
+    "cut-shard-shard": (1.0, 3.0),
     "full-disk": (0.5, 2.5),
 }
 
