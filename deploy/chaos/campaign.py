@@ -14,7 +14,7 @@ from paramserver.job import Job, JobError, parse_job
 from paramserver.process import StopRequest
 from paramserver.status.access import make_token
 
-PILOT_SECONDS = 10.0  # in which the speed is measured that says how many steps fill the time
+PILOT_SECONDS, PILOT_SHARE = 10.0, 0.2  # at most, and of the time: in which the speed is measured that fills it
 EPOCHS = 2**20  # more than any run has time for: the steps end it
 
 # A real job that needs no download.
@@ -68,7 +68,9 @@ class Campaign:
         return make_report(self.declaration, chaos, quiet, self._why_no_loss())
 
     def _pilot(self, tormentor: Tormentor, tell: Tell) -> float:
-        rate = tormentor.steps_a_second(self._job_of(None), PILOT_SECONDS)
+        """Steps a second of the whole cluster."""
+        seconds = min(PILOT_SECONDS, PILOT_SHARE * self.declaration.seconds)
+        rate = tormentor.steps_a_second(self._job_of(None), seconds)
         tell(f"the cluster makes {rate:.1f} steps/s")
         return rate
 
