@@ -17,6 +17,7 @@ from pathlib import Path
 from deploy.chaos import proc
 from deploy.chaos.cluster import ChaosCluster
 from deploy.chaos.schedule import Planned
+from deploy.chaos.wires import CutReport
 from deploy.local import Death
 
 LOG_ROOM_BYTES = 64 * 2**10  # that a shard with a full disk may still write to its log
@@ -104,19 +105,20 @@ class Cut(Fault):
 
     def begin(self) -> None:
         planned = self.planned
-        self._hit = self.cluster.wires.cut(str(planned.number), planned.other, [self.pid], planned.is_silent)
-        self._evidence = Evidence(False, "not healed yet")
+        self._name = f"cut {planned.number}"
+        self._healed: CutReport | None = None
+        self._hit = self.cluster.wires.cut(self._name, planned.other, [self.pid], planned.is_silent)
 
     def evidence(self, deaths: Sequence[Death]) -> Evidence:
-        return self._evidence
-
-    def end(self) -> None:
-        report = self.cluster.wires.heal(str(self.planned.number))
+        report = self._healed or self.cluster.wires.look(self._name)
         text = (
             f"{self._hit} connections hit: {report.closed} closed, {report.refused} tried in vain, "
             f"{report.held_bytes} bytes kept back"
         )
-        self._evidence = Evidence(report.has_fired, text)
+        return Evidence(report.has_fired, text)
+
+    def end(self) -> None:
+        self._healed = self.cluster.wires.heal(self._name)
 
 
 class FullDisk(Fault):

@@ -181,10 +181,10 @@ class Tormentor:
         before = watch.latest
         fault.begin()
         try:
-            evidence = self._hold(fault, watch, fired_at, deaths)
+            self._hold(fault, watch, fired_at, deaths)
         finally:
             fault.end()
-        evidence = evidence if evidence.has_fired else fault.evidence(self._deaths[deaths:])
+        evidence = fault.evidence(self._deaths[deaths:])
         ended_at = time.monotonic() if planned.seconds else fired_at
         counts = acknowledged_by_worker(self._cluster.accounts, self._job)
         recovery = Recovery(planned, fired_at, ended_at, counts, None if before is None else before.age_mark)
@@ -210,14 +210,13 @@ class Tormentor:
             self._pause(watch, TICK_SECONDS)
         return None
 
-    def _hold(self, fault: Fault, watch: StatusWatch, fired_at: float, deaths: int) -> Evidence:
+    def _hold(self, fault: Fault, watch: StatusWatch, fired_at: float, deaths: int) -> None:
         """Let it last as long as is planned, and then until it is proven, within bounds."""
         while True:
             elapsed = time.monotonic() - fired_at
-            evidence = fault.evidence(self._deaths[deaths:])
-            is_cut = fault.planned.kind.startswith("cut-")  # the relay says at the end what it did
-            if elapsed >= fault.planned.seconds and (evidence.has_fired or is_cut or elapsed >= PROOF_SECONDS):
-                return evidence
+            is_proven = fault.evidence(self._deaths[deaths:]).has_fired
+            if elapsed >= fault.planned.seconds and (is_proven or elapsed >= PROOF_SECONDS):
+                return
             self._pause(watch, TICK_SECONDS)
 
     def _close_recoveries(self) -> None:

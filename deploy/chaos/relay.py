@@ -8,7 +8,8 @@ byte on either way until it is healed. What it did is counted: a cut that touche
     {"open": ROUTE}                                        -> {"port": N}   of a new port; the route's older one closes
     {"target": ROUTE, "port": N}                           -> {}
     {"cut": NAME, "route": ROUTE, "pids": [N], "is_silent": false} -> {"connections": N}   that it hit at once
-    {"heal": NAME}                                         -> {"closed": N, "refused": N, "held_bytes": N}
+    {"look": NAME}                                         -> {"closed": N, "refused": N, "held_bytes": N}   so far
+    {"heal": NAME}                                         -> the same, in all
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ class Cut:
     is_silent: bool
     closed: int = 0
     refused: int = 0
-    held_bytes: int = 0
 
     def hits(self, pid: int | None) -> bool:
         return pid is not None and pid in self.pids
@@ -118,6 +118,8 @@ class Relay:
                 return {}
             case {"cut": str(name), "route": str(route), "pids": list(pids), "is_silent": bool(is_silent)}:
                 return {"connections": self._cut(Cut(name, route, tuple(pids), is_silent))}
+            case {"look": str(name)}:
+                return self._report(self._cuts[name])
             case {"heal": str(name)}:
                 return self._heal(self._cuts.pop(name))
         raise ValueError(f"no command of the relay: {command}")
@@ -158,14 +160,20 @@ class Relay:
             cut.closed += 1
             self._close(connection, is_reset=True)
 
+    def _report(self, cut: Cut) -> dict[str, Any]:
+        held_bytes = sum(map(self._held, self._held_by(cut)))
+        return {"closed": cut.closed, "refused": cut.refused, "held_bytes": held_bytes}
+
+    def _held_by(self, cut: Cut) -> list[Connection]:
+        routes = self._routes.get(cut.route, [])
+        return [connection for route in routes for connection in route.connections if connection.cut is cut]
+
     def _heal(self, cut: Cut) -> dict[str, Any]:
-        for route in self._routes.get(cut.route, []):
-            for connection in list(route.connections):
-                if connection.cut is cut:
-                    connection.cut = None
-                    cut.held_bytes += self._held(connection)
-                    self._watch_ways(connection)
-        return {"closed": cut.closed, "refused": cut.refused, "held_bytes": cut.held_bytes}
+        report = self._report(cut)
+        for connection in self._held_by(cut):
+            connection.cut = None
+            self._watch_ways(connection)
+        return report
 
     @staticmethod
     def _held(connection: Connection) -> int:

@@ -24,7 +24,7 @@ class CutReport:
 
     closed: int = 0  # connections that it closed
     refused: int = 0  # connections that were tried in vain
-    held_bytes: int = 0  # that a silent one kept back, as of its end
+    held_bytes: int = 0  # that a silent one keeps back
 
     @property
     def has_fired(self) -> bool:
@@ -66,6 +66,10 @@ class Wires:
         """Cut these processes off from a route, until `heal`. Returns how many connections that hit at once."""
         command = {"cut": name, "route": route, "pids": list(pids), "is_silent": is_silent}
         return int(self._call(command)["connections"])
+
+    def look(self, name: str) -> CutReport:
+        """What a cut has done so far."""
+        return CutReport(**self._call({"look": name}))
 
     def heal(self, name: str) -> CutReport:
         return CutReport(**self._call({"heal": name}))

@@ -96,6 +96,7 @@ def test_a_cut_closes_what_is_there_refuses_what_comes_and_heals(wires: Wires, e
             connection.recv(1)
     with _connect(port) as refused, pytest.raises(ConnectionResetError):
         refused.recv(1)
+    assert wires.look("c").closed == 1
     report = wires.heal("c")
     assert (report.closed, report.refused) == (1, 1)
     assert report.has_fired
@@ -114,6 +115,7 @@ def test_a_silent_cut_keeps_bytes_back_and_loses_none(wires: Wires, echo: int) -
         with pytest.raises(TimeoutError):
             connection.recv(1)
         connection.settimeout(5)
+        assert wires.look("c").held_bytes == len(b"during")
         report = wires.heal("c")
         assert report.held_bytes == len(b"during")
         assert report.closed == 0

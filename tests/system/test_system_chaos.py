@@ -40,18 +40,20 @@ SECONDS: dict[Kind, float] = {
 }
 
 
-def _job(path: Path, steps: int) -> Job:
-    body = load_job(path).model_dump(mode="json")
-    job, changed = resolve_job(body, shards=2, workers=2)
+def _with_steps(job: Job, steps: float) -> Job:
+    return parse_job({**job.model_dump(mode="json"), "stop": {"epochs": 10**6, "steps": round(steps)}}, "job")
+
+
+def _run(tmp_path: Path, path: Path, schedule: tuple[Planned, ...], seconds: float) -> Run:
+    """A run whose steps take about so long on this machine as it is now."""
+    job, changed = resolve_job(load_job(path).model_dump(mode="json"), shards=2, workers=2)
     assert len(changed) == 1, "a job without a journal gets one, and is told so"
-    return parse_job({**job.model_dump(mode="json"), "stop": {"epochs": 1000, "steps": steps}}, "job")
-
-
-def _run(tmp_path: Path, job: Job, schedule: tuple[Planned, ...], seconds: float) -> Run:
     topology = Topology(shards=2, workers=2, runs=tmp_path / "runs")
     stop, told = StopRequest(), []
     with chaos_cluster(tmp_path / "cluster", topology, stop) as cluster:
-        return Tormentor(cluster, stop, told.append).run(job, schedule, seconds)
+        tormentor = Tormentor(cluster, stop, told.append)
+        rate = tormentor.steps_a_second(_with_steps(job, 10**9), 2.0)
+        return tormentor.run(_with_steps(job, rate * seconds), schedule, seconds)
 
 
 def _planned(kinds: list[Kind], distance: float, is_silent: bool = False) -> tuple[Planned, ...]:
@@ -71,7 +73,7 @@ def test_updates_survive_faults_of_every_sort_and_the_proof_sees_what_is_tampere
     tmp_path: Path, tiny_job: MakeJob, processes: Callable[[], list[Any]]
 ) -> None:
     schedule = _planned(["stop-worker", "cut-worker-shard", "full-disk", "kill-shard"], 3.0)
-    run = _run(tmp_path, _job(tiny_job("torn"), steps=2500), schedule, 20.0)
+    run = _run(tmp_path, tiny_job("torn"), schedule, 25.0)
     assert processes() == []
     assert run.result["state"] == "done"
     for outcome in run.outcomes:
@@ -130,7 +132,7 @@ def _cut_last_push(segment: Path) -> int:
 @pytest.mark.parametrize("is_silent", [False, True])
 def test_every_kind_of_fault_happens_and_costs_no_update(tmp_path: Path, tiny_job: MakeJob, is_silent: bool) -> None:
     schedule = _planned(list(SECONDS), 7.0, is_silent)
-    run = _run(tmp_path, _job(tiny_job("torn"), steps=12_000), schedule, 80.0)
+    run = _run(tmp_path, tiny_job("torn"), schedule, 100.0)
     assert {outcome.planned.kind for outcome in run.outcomes} == set(SECONDS)
     for outcome in run.outcomes:
         assert outcome.evidence.has_fired, outcome
