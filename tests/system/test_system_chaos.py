@@ -72,8 +72,8 @@ def _planned(kinds: list[Kind], distance: float, is_silent: bool = False) -> tup
 def test_updates_survive_faults_of_every_sort_and_the_proof_sees_what_is_tampered_with(
     tmp_path: Path, tiny_job: MakeJob, processes: Callable[[], list[Any]]
 ) -> None:
-    schedule = _planned(["stop-worker", "cut-worker-shard", "full-disk", "kill-shard"], 3.0)
-    run = _run(tmp_path, tiny_job("torn"), schedule, 25.0)
+    schedule = _planned(["stop-worker", "cut-worker-shard", "full-disk", "kill-shard"], 2.5)
+    run = _run(tmp_path, tiny_job("torn"), schedule, 18.0)
     assert processes() == []
     assert run.result["state"] == "done"
     for outcome in run.outcomes:
