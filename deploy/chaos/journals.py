@@ -1,20 +1,18 @@
-"""Every update that the journals of a cluster ever held, read while the shards drop what their snapshots make needless.
+"""Every record that the journals of a cluster ever held, read while the shards drop what their snapshots make needless.
 
 A shard removes a segment of its log when a snapshot holds what it holds. So each segment gets a second name here as
 soon as it is there, and is read once its first name is gone: then nobody writes to it any more. What is found is
-compared with nothing here; see proof.py.
+compared with nothing here; see copies.py and proof.py.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
+from deploy.chaos.copies import AuditError, Journal, Piece, make_piece, merge
 from paramserver.shard.journal.layout import JournalError, SegmentReader
-from paramserver.shard.journal.records import Pushed, TakenUp
+from paramserver.shard.journal.records import TakenUp
 from paramserver.shard.journal.replay import replay, restored
 from paramserver.shard.journal.segments import LogReader
 from paramserver.shard.journal.snapshot import load_newest
@@ -22,37 +20,6 @@ from paramserver.shard.journal.storage import OsFolder
 from paramserver.shard.serving import Serving
 
 _PATTERN = "segment-*.log"
-
-
-class AuditError(Exception):
-    """The journals cannot be followed, so nothing is proven. The text says where."""
-
-
-class Stream(NamedTuple):
-    """The updates of one worker's incarnation at one block: numbered from 1 without a gap."""
-
-    worker: str
-    incarnation: int
-    block: int
-
-
-@dataclass
-class Journal:
-    """What one journal has held so far."""
-
-    last: int = 0  # number of the last record that was read
-    applied: dict[Stream, int] = field(default_factory=dict)  # sequence of the last update
-    updates: Counter[int] = field(default_factory=Counter)  # by block
-    out_of_order: list[str] = field(default_factory=list)  # updates that were no successor of the one before them
-
-    def take(self, record: Pushed) -> None:
-        for update in record.updates:
-            stream = Stream(record.worker, record.incarnation, update.block)
-            expected = self.applied.get(stream, 0) + 1
-            if update.sequence != expected:
-                self.out_of_order.append(f"{stream}: update {update.sequence} instead of {expected}")
-            self.applied[stream] = max(update.sequence, expected - 1)
-            self.updates[update.block] += 1
 
 
 class JournalTap:
@@ -67,33 +34,47 @@ class JournalTap:
         self._state = state
         self._job = job
         self._kept = kept
-        self.journals: dict[Path, Journal] = {}  # by the journal's folder
+        self._pieces: dict[Path, list[Piece]] = {}  # by the folder of a copy of a journal
+        self._names: dict[Path, Path] = {}
 
     def look(self) -> None:
         """Give second names to new segments, and read those that are dropped. Raises AuditError, OSError."""
         for folder in self._folders():
-            journal = self.journals.setdefault(folder, Journal())
+            pieces = self._pieces.setdefault(folder, [])
             kept = self._names_of(folder)
             for path in sorted(folder.glob(_PATTERN)):
                 self._keep(path, kept)
             for path in sorted(kept.iterdir()):
                 if path.stat().st_nlink == 1:
-                    self._read(path, journal)
+                    self._read(path, folder, pieces)
 
-    def finish(self) -> None:
-        """Read the rest. Call when no shard lives any more. Raises AuditError, OSError."""
+    def finish(self) -> dict[str, tuple[Journal, Path]]:
+        """Read the rest: each part's journal, and the folder of its copy that goes farthest. Call when no shard lives.
+
+        Raises AuditError, OSError.
+        """
         self.look()
-        for folder, journal in self.journals.items():
+        for folder, pieces in self._pieces.items():
             for path in sorted(self._names_of(folder).iterdir()):
-                self._read(path, journal)
+                self._read(path, folder, pieces)
+        parts: dict[str, list[Piece]] = {}
+        for folder, pieces in self._pieces.items():
+            parts.setdefault(self._part_of(folder), []).extend(pieces)
+        return {part: merge(part, pieces) for part, pieces in sorted(parts.items())}
 
     def _folders(self) -> list[Path]:
         """Those with segments: a shard may have several journals of a job, below a folder of the job's name."""
         found = {path.parent for path in self._state.glob(f"*/{self._job}/**/{_PATTERN}")}
-        return sorted(found | self.journals.keys())
+        return sorted(found | self._pieces.keys())
+
+    def _part_of(self, folder: Path) -> str:
+        """The folders are SHARD/JOB, the whole of what the shard holds, or SHARD/JOB/PART."""
+        shard, _, *part = folder.relative_to(self._state).parts
+        return "/".join(part) or shard
 
     def _names_of(self, folder: Path) -> Path:
-        kept = self._kept / folder.relative_to(self._state)
+        """The folder of the second names of a copy's segments."""
+        kept = self._names.setdefault(folder, self._kept / str(len(self._names)))
         kept.mkdir(parents=True, exist_ok=True)
         return kept
 
@@ -105,24 +86,17 @@ class JournalTap:
             if not own.exists():
                 os.link(path, own)
         except FileNotFoundError:
-            pass  # it was dropped in this moment; if it held anything, its number is missed
+            pass  # it was dropped in this moment; if it held anything, its records are missed
 
-    def _read(self, path: Path, journal: Journal) -> None:
+    @staticmethod
+    def _read(path: Path, folder: Path, pieces: list[Piece]) -> None:
         first = int(path.name.split(".")[0].removeprefix("segment-"))
         try:
-            entries = list(SegmentReader(path.name, path.read_bytes(), first))
+            piece = make_piece(folder, first, SegmentReader(path.name, path.read_bytes(), first))
         except JournalError as error:
             raise AuditError(str(error)) from None
-        if entries:
-            if first != journal.last + 1:
-                raise AuditError(
-                    f"{path}: begins with record {first}, the one before it that was read is {journal.last}: a segment "
-                    "was removed before it was looked at; look more often"
-                )
-            for entry in entries:
-                if isinstance(entry.record, Pushed):
-                    journal.take(entry.record)
-            journal.last = entries[-1].number
+        if piece.updates:
+            pieces.append(piece)
         path.unlink()
 
 

@@ -1,7 +1,7 @@
 """Whether every acknowledged update was applied, and none twice: three independent counts, compared.
 
 - what workers noted when it was acknowledged to them (paramserver/account.py), also those that were killed;
-- what the shards' journals ever held (journals.py);
+- what the shards' journals ever held (journals.py), all copies of each taken together (copies.py);
 - the versions of the blocks in the state that the journals end with: an update raises its block's version by one.
 """
 
@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.chaos.journals import AuditError, Journal, JournalTap, Stream, final_versions
+from deploy.chaos.copies import AuditError, Journal, Stream
+from deploy.chaos.journals import JournalTap, final_versions
 from paramserver.account import Acknowledged, account_files, read_account
 
 MOST_EXAMPLES = 10  # of what is wrong, quoted
@@ -66,7 +67,7 @@ def prove(noted: Noted, journals: Iterable[Journal], versions: Mapping[int, int]
     """Compare the three.
 
     Args:
-        journals: each with blocks of its own.
+        journals: of the parts, each with blocks of its own.
         versions: by block, as the journals' states end.
 
     Raises AuditError where a block is in two journals: then it takes more than counting.
@@ -103,9 +104,9 @@ def prove(noted: Noted, journals: Iterable[Journal], versions: Mapping[int, int]
 
 def prove_files(accounts: Path, job: str, tap: JournalTap) -> tuple[Proof, Noted]:
     """The same of what a cluster has left. Call when none of its processes lives. Raises AuditError, OSError."""
-    tap.finish()
+    parts = tap.finish()
     versions: dict[int, int] = {}
-    for folder in tap.journals:
+    for _, folder in parts.values():
         versions |= final_versions(folder)
     noted = read_accounts(accounts, job)
-    return prove(noted, tap.journals.values(), versions), noted
+    return prove(noted, [journal for journal, _ in parts.values()], versions), noted

@@ -46,8 +46,8 @@ def chaos(
 ) -> None:
     """Kill, stop and cut off the processes of a cluster that trains, and prove that no update is lost or doubled."""
     from deploy.chaos.campaign import Campaign
+    from deploy.chaos.copies import AuditError
     from deploy.chaos.harness import ChaosError
-    from deploy.chaos.journals import AuditError
     from deploy.chaos.report import lines
     from deploy.local import EngineError, StoppedEarlyError
     from paramserver.process import install_stop

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.chaos.journals import AuditError, Journal, JournalTap, Stream
+from deploy.chaos.copies import AuditError, Journal, Piece, Stream, Updates, merge
+from deploy.chaos.journals import JournalTap
 from deploy.chaos.proof import Noted, prove, read_accounts
 from paramserver.account import Account
 from paramserver.protocol.messages import BlockUpdate
@@ -25,7 +26,7 @@ def _journal(applied: Mapping[Stream, int]) -> Journal:
     updates: Counter[int] = Counter()
     for stream, sequence in applied.items():
         updates[stream.block] += sequence
-    return Journal(last=1, applied=dict(applied), updates=updates)
+    return Journal(dict(applied), updates)
 
 
 def _noted(last: Mapping[Stream, int]) -> Noted:
@@ -70,12 +71,12 @@ def test_a_version_above_its_updates_is_doubled_and_one_below_is_lost() -> None:
 def test_a_record_that_is_there_twice_is_doubled_and_a_missing_one_is_lost() -> None:
     journal = Journal()
     for sequence in (1, 2, 2, 3):
-        journal.take(_pushed(sequence))
+        journal.take(((FIRST, sequence),))
     assert prove(_noted({FIRST: 3}), [journal], {0: 4}).doubled == 1
     assert len(journal.out_of_order) == 1
     journal = Journal()
     for sequence in (1, 2, 4):
-        journal.take(_pushed(sequence))
+        journal.take(((FIRST, sequence),))
     proof = prove(_noted({FIRST: 4}), [journal], {0: 3})
     assert (proof.lost, proof.doubled) == (1, 0)
     assert "update 4 instead of 3" in proof.reasons[0]
@@ -136,8 +137,8 @@ def test_the_tap_counts_every_update_although_the_shard_removes_segments(log: Lo
         log.drop_old()
         tap.look()
     assert len(list(log.path.glob("segment-*"))) == 1
-    tap.finish()
-    (journal,) = tap.journals.values()
+    ((journal, folder),) = tap.finish().values()
+    assert folder == log.path
     assert journal.applied == {FIRST: 40}
     assert journal.updates == {0: 40}
     assert journal.out_of_order == []
@@ -148,8 +149,7 @@ def test_what_is_still_written_to_is_not_read_before_the_end(log: Log, tap: Jour
     log.push(1, 2)
     tap.look()
     log.push(3)
-    tap.finish()
-    assert [journal.applied for journal in tap.journals.values()] == [{FIRST: 3}]
+    assert [journal.applied for journal, _ in tap.finish().values()] == [{FIRST: 3}]
 
 
 def test_a_segment_that_was_missed_is_told(log: Log, tap: JournalTap) -> None:
@@ -172,8 +172,7 @@ def test_a_segment_that_was_given_up_without_a_record_and_made_again_is_read_onc
     tap.look()
     log._log._file = log._folder.append(empty.name)
     log.push(2)
-    tap.finish()
-    assert [journal.applied for journal in tap.journals.values()] == [{FIRST: 2}]
+    assert [journal.applied for journal, _ in tap.finish().values()] == [{FIRST: 2}]
 
 
 def test_a_damaged_segment_proves_nothing(log: Log, tap: JournalTap) -> None:
@@ -190,8 +189,60 @@ def test_a_damaged_segment_proves_nothing(log: Log, tap: JournalTap) -> None:
 def test_records_without_updates_count_for_nothing(log: Log, tap: JournalTap) -> None:
     log._log.append(Ticked("w0", 1), [])
     log.push(1)
-    tap.finish()
-    assert [journal.updates for journal in tap.journals.values()] == [{0: 1}]
+    assert [journal.updates for journal, _ in tap.finish().values()] == [{0: 1}]
+
+
+PRIMARY, BACKUP = Path("shard-0"), Path("shard-1")
+
+
+def _piece(folder: Path, first: int, sequences: list[int], terms: Mapping[int, int] | None = None) -> Piece:
+    """A record for each sequence, 0 for one without an update; `terms` by the record's number."""
+    updates: list[Updates] = [((FIRST, sequence),) if sequence else () for sequence in sequences]
+    return Piece(folder, first, updates, [(terms or {}).get(first + place, 0) for place in range(len(sequences))])
+
+
+def test_copies_of_a_journal_count_once_wherever_they_are_cut() -> None:
+    primary = [_piece(PRIMARY, 1, [0, 1, 2], {1: 1}), _piece(PRIMARY, 4, [3, 4])]
+    backup = [_piece(BACKUP, 3, [2, 3])]  # it began with a snapshot of the first two records, and is a little behind
+    journal, folder = merge("part", [*backup, *primary])
+    assert journal.applied == {FIRST: 4}
+    assert journal.updates == {0: 4}
+    assert folder == PRIMARY
+
+
+def test_what_a_fenced_primary_alone_had_counts_for_nothing() -> None:
+    primary = _piece(PRIMARY, 1, [0, 1, 2, 3, 4, 5], {1: 1})
+    backup = _piece(BACKUP, 1, [0, 1, 2, 0, 3, 4], {1: 1, 4: 2})
+    journal, folder = merge("part", [primary, backup])
+    assert folder == BACKUP
+    assert journal.applied == {FIRST: 4}
+    assert journal.out_of_order == []
+
+
+def test_a_primary_that_comes_back_as_the_backup_goes_on_under_the_new_term() -> None:
+    pieces = [
+        _piece(PRIMARY, 1, [0, 1, 2, 3], {1: 1}),
+        _piece(BACKUP, 1, [0, 1, 0, 2], {1: 1, 3: 2}),
+        _piece(PRIMARY, 5, [3, 4]),  # from a snapshot of the other's fourth record; nothing in it says the term
+        _piece(BACKUP, 5, [3, 4, 5]),
+    ]
+    journal, folder = merge("part", pieces)
+    assert (journal.applied, folder) == ({FIRST: 5}, BACKUP)
+
+
+def test_a_record_that_no_copy_has_proves_nothing() -> None:
+    with pytest.raises(AuditError, match="record 3 of term 1 is in no copy"):
+        merge("part", [_piece(PRIMARY, 1, [0, 1], {1: 1}), _piece(PRIMARY, 4, [3, 4])])
+    with pytest.raises(AuditError, match="record 4 of term 2 is in no copy"):
+        # The first one's fourth record is no substitute: it was given up.
+        merge(
+            "part", [_piece(PRIMARY, 1, [0, 1, 2, 3], {1: 1}), _piece(BACKUP, 3, [0], {3: 2}), _piece(BACKUP, 5, [4])]
+        )
+
+
+def test_copies_that_do_not_agree_prove_nothing() -> None:
+    with pytest.raises(AuditError, match="do not agree"):
+        merge("part", [_piece(PRIMARY, 1, [0, 1, 2], {1: 1}), _piece(BACKUP, 1, [0, 1, 3], {1: 1})])
 
 
 def test_accounts_are_read_by_incarnation_with_their_last_steps(tmp_path: Path) -> None:
