@@ -12,15 +12,26 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 VARIABLE = "PARAMSERVER_HOME"
 DEFAULT = "~/.paramserver"
 LOCK_TRIES = 20
 LOCK_PAUSE_SECONDS = 0.05
+MOST_DEATHS = 200  # that are remembered; older ones are in the supervisor's log
 
 
 class HomeError(Exception):
     """The folder cannot be used, or another cluster runs in it. The text says which, and what to do."""
+
+
+class DeathNote(TypedDict):
+    """A process of the cluster that ended without being asked to, and what became of it."""
+
+    name: str
+    reason: str  # "was killed (SIGKILL)", "ended with exit code 1"
+    at: str  # ISO 8601, UTC
+    outcome: str  # died (and waits for its start), started again, given up, left
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,8 @@ class Record:
     shards: int = 0
     workers: int = 0
     token_file: str = ""  # of the bearer token, for commands of this machine; empty where there is none
-    deaths: list[dict[str, object]] = field(default_factory=list)  # {"name", "reason", "at"}
+    deaths: list[DeathNote] = field(default_factory=list)  # in their order, the last MOST_DEATHS
+    restarts: int = 0  # of all processes, since the cluster was started
 
 
 class Home:

@@ -2,7 +2,8 @@
 
 Every child holds the read end of a pipe whose write end only this process has (paramserver/process.py),
 so that even a SIGKILL of this process ends them all. Children live in sessions of their own: Ctrl-C in
-a terminal reaches only this process, which then stops them in order. Nothing is restarted on its own.
+a terminal reaches only this process, which then stops them in order. What dies is started again by
+supervision.py, where the one who holds the cluster asks for it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from deploy.api import Api, ApiError
 from paramserver.process import LIFELINE_VARIABLE, StopRequest, log
@@ -87,6 +88,20 @@ class Death:
         except ValueError:
             return f"signal {-self.exit_code}"
 
+    @property
+    def is_in_order(self) -> bool:
+        """Whether it ended as one does that was asked to: somebody sent it SIGTERM, or an order said so."""
+        return self.exit_code == 0
+
+    @property
+    def phrase(self) -> str:
+        """What happened, as a sentence without its end."""
+        if self.is_in_order:
+            return f"{self.name} left in good order"
+        if self.exit_code < 0:
+            return f"{self.name} was killed ({self.reason.removeprefix('signal ')})"
+        return f"{self.name} ended with {self.reason}"
+
     def __str__(self) -> str:
         return f"{self.name} ended with {self.reason}; last lines of {self.log}:\n{last_lines(self.log)}"
 
@@ -120,11 +135,12 @@ class LocalCluster:
         self.topology = topology or Topology()
         self.url = ""  # of the HTTP interface
         self.control = ""  # what shards and workers connect to
+        self.environment: dict[str, str] = {}  # of every process, beside this one's own
         self._children: dict[str, _Child] = {}
         self._lifeline: tuple[int, int] | None = None
         self._stopped = False
 
-    def __enter__(self) -> LocalCluster:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -141,6 +157,11 @@ class LocalCluster:
     def pids(self) -> dict[str, int]:
         """Process ids by name, of those that run."""
         return {name: child.process.pid for name, child in self._children.items() if child.process.poll() is None}
+
+    @property
+    def shard_state(self) -> Path:
+        """Where shards keep their journals."""
+        return self.directory / "state" / "shards"
 
     def log_path(self, name: str) -> Path:
         return self.directory / "logs" / f"{name}.log"
@@ -165,9 +186,7 @@ class LocalCluster:
             for name in self.shard_names:
                 self.start_shard(name)
             for name in self.worker_names:
-                threads = str(self.topology.threads)
-                families = self.topology.family_arguments()
-                self._spawn(name, ["-m", "worker", *self._joining(name), "--threads", threads, *families])
+                self.start_worker(name)
             self._await_sessions({*self.shard_names, *self.worker_names}, stop, deadline)
         except OSError as error:
             self.stop()
@@ -178,15 +197,42 @@ class LocalCluster:
 
     def start_shard(self, name: str) -> None:
         """Start a shard, or start one again that has died: its journal, if its job has one, is where it was."""
-        state = ["--state", str(self.directory / "state" / "shards")]
-        self._spawn(name, ["-m", "paramserver.shard", *self._joining(name), "--listen", LOOPBACK, *state])
+        self._spawn(name, self._shard_arguments(name))
+
+    def start_worker(self, name: str) -> None:
+        """Start a worker, or start one again that has died: it joins as a new incarnation."""
+        self._spawn(name, self._worker_arguments(name))
+
+    def start_again(self, name: str) -> None:
+        """Start a process of this cluster that has ended, and do not wait for it. Raises OSError."""
+        if name == "coordinator":
+            self._spawn_coordinator()
+        elif name in self.shard_names:
+            self.start_shard(name)
+        else:
+            self.start_worker(name)
+
+    def _shard_arguments(self, name: str) -> list[str]:
+        state = ["--state", str(self.shard_state)]
+        return ["-m", "paramserver.shard", *self._joining(name), "--listen", LOOPBACK, *state]
+
+    def _worker_arguments(self, name: str) -> list[str]:
+        threads, families = str(self.topology.threads), self.topology.family_arguments()
+        return ["-m", "worker", *self._joining(name), "--threads", threads, *families]
 
     def _joining(self, name: str) -> list[str]:
         return ["--coordinator", self.control, "--name", name, *self.topology.key_arguments()]
 
     def start_coordinator(self, stop: StopRequest | None = None, deadline: float | None = None) -> None:
-        """Start the coordinator, or start it again on the ports and the state that it had."""
+        """Start the coordinator, or start it again on the ports and the state that it had; wait until it listens."""
         deadline = deadline if deadline is not None else time.monotonic() + START_SECONDS
+        ready = self._spawn_coordinator()
+        self._await(ready.exists, "the coordinator to listen", stop or StopRequest(), deadline)
+        addresses: dict[str, Any] = json.loads(ready.read_text(encoding="utf-8"))
+        self.control, self.url = addresses["control"], addresses["http"]
+
+    def _spawn_coordinator(self) -> Path:
+        """The file that it writes once it listens."""
         ready = self.directory / READY_FILE
         ready.unlink(missing_ok=True)
         arguments = ["-m", "paramserver.coordinator", "--listen", self.control or LOOPBACK]
@@ -196,14 +242,12 @@ class LocalCluster:
         for root in self.topology.data_roots:
             arguments += ["--data-root", str(root.resolve())]
         self._spawn("coordinator", [*arguments, *self.topology.door_arguments()])
-        self._await(ready.exists, "the coordinator to listen", stop or StopRequest(), deadline)
-        addresses: dict[str, Any] = json.loads(ready.read_text(encoding="utf-8"))
-        self.control, self.url = addresses["control"], addresses["http"]
+        return ready
 
     def _spawn(self, name: str, arguments: Sequence[str]) -> None:
         assert self._lifeline is not None, "start() opens the lifeline first"
         lifeline = self._lifeline[0]
-        environment = {**os.environ, LIFELINE_VARIABLE: str(lifeline)}
+        environment = {**os.environ, **self.environment, LIFELINE_VARIABLE: str(lifeline)}
         environment.update(dict.fromkeys(THREAD_VARIABLES, str(self.topology.threads)))
         path = self.log_path(name)
         with path.open("ab") as output:
@@ -230,7 +274,7 @@ class LocalCluster:
             stop.wait(POLL_SECONDS)
 
     def _await_sessions(self, names: set[str], stop: StopRequest, deadline: float) -> None:
-        with Api(self.url, timeout_seconds=2.0, token=self._token()) as api:
+        with Api(self.url, timeout_seconds=2.0, token=self.token()) as api:
             missing = set(names)
 
             def all_heard() -> bool:
@@ -248,7 +292,8 @@ class LocalCluster:
                 quoted = "\n".join(f"{name}:\n{last_lines(self.log_path(name), 3)}" for name in sorted(missing))
                 raise EngineError(f"{error}; not heard of:\n{quoted}") from None
 
-    def _token(self) -> str:
+    def token(self) -> str:
+        """What the coordinator asks for; empty where it asks for none. Raises OSError."""
         file = self.topology.token_file
         return "" if file is None else file.read_text(encoding="utf-8").strip()  # the coordinator has checked it
 
@@ -270,6 +315,12 @@ class LocalCluster:
         child = self._children.pop(name)
         child.process.kill()
         child.process.wait()
+
+    def end(self, name: str, notice_seconds: float = NOTICE_SECONDS) -> int:
+        """Ask one process to end, and reap it: no death is reported. Returns its exit code."""
+        child = self._children.pop(name)
+        _end([child], notice_seconds)
+        return child.process.wait()
 
     def stop(self, notice_seconds: float = NOTICE_SECONDS) -> None:
         """Workers first, so that they can flush; then shards; the coordinator last. Reaps all. Idempotent."""

@@ -1,8 +1,8 @@
 """`python -m deploy.supervisor`: holds the processes of a long-lived cluster until it is told to stop.
 
 `paramserver up` starts it detached, hands it the locked lock file and a pipe, and waits on the pipe for
-one line of JSON: {"ready": true} or {"error": TEXT}. From then on it only watches: a process that dies
-is logged and written into cluster.json, and never restarted.
+one line of JSON: {"ready": true} or {"error": TEXT}. From then on it watches: a process that dies is
+started again (see supervision.py), and both are logged and written into cluster.json.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from deploy.home import Home, Record
+from deploy.home import MOST_DEATHS, DeathNote, Home, Record
 from deploy.local import EngineError, LocalCluster, StoppedEarlyError, Topology
+from deploy.supervision import LOOK_SECONDS, Happening, Supervision
 from paramserver.process import StopRequest, identify, install_stop, log
-
-WATCH_SECONDS = 0.5
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -95,11 +94,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _watch(cluster: LocalCluster, home: Home, record: Record, stop: StopRequest) -> None:
-    while not stop.wait(WATCH_SECONDS):
-        for death in cluster.deaths():
-            at = datetime.now(UTC).isoformat(timespec="seconds")
-            record = replace(record, deaths=[*record.deaths, {"name": death.name, "reason": death.reason, "at": at}])
+    supervision = Supervision(cluster)
+    while not stop.wait(LOOK_SECONDS):
+        for happening in supervision.look():
+            record = noted(record, happening, datetime.now(UTC))
             home.write(record)
+
+
+def noted(record: Record, happening: Happening, now: datetime) -> Record:
+    """The record after one more happening."""
+    deaths = list(record.deaths)
+    if happening.outcome == "started again":
+        for place in reversed(range(len(deaths))):
+            if deaths[place]["name"] == happening.name:
+                deaths[place] = {**deaths[place], "outcome": happening.outcome}
+                break
+        return replace(record, deaths=deaths, restarts=record.restarts + 1)
+    reason = happening.death.phrase.removeprefix(f"{happening.name} ")
+    at = now.isoformat(timespec="seconds")
+    note = DeathNote(name=happening.name, reason=reason, at=at, outcome=happening.outcome)
+    return replace(record, deaths=[*deaths, note][-MOST_DEATHS:])
 
 
 def _report(descriptor: int, content: dict[str, object]) -> None:

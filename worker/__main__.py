@@ -30,6 +30,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         help="model family that jobs may use; repeatable (default: all that are installed)",
     )
+    parser.add_argument(
+        "--accounts", type=Path, metavar="FOLDER", help="note there what was acknowledged, for a proof after a death"
+    )
     parser.add_argument("--keys", type=Path, help="folder with NAME.key_secret and coordinator.key")
     parser.add_argument("--coordinator-key", type=Path, help="its public key (default: coordinator.key in --keys)")
     return parser.parse_args(arguments)
@@ -61,7 +64,7 @@ def main() -> int:
     control.start()
     log("started", coordinator=options.coordinator, threads=options.threads)
     try:
-        Runner(transport, options.name, desk, stop).run()
+        Runner(transport, options.name, desk, stop, options.accounts).run()
     except (WorkerError, TransportError) as error:
         log("refused", level="error", reason=error)
         return 1

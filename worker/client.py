@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Protocol
 
+from paramserver.account import Account
 from paramserver.process import log
 from paramserver.protocol.messages import (
     BlockValue,
@@ -79,6 +80,7 @@ class ShardClient:
     Args:
         channel: connected to the shard; owned from now on.
         deadline_seconds: how long an answer may take before the same bytes are sent again.
+        account: where acknowledged updates are noted, before they are forgotten.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class ShardClient:
         deadline_seconds: float,
         counters: Counters,
         sink: Sink,
+        account: Account | None = None,
     ) -> None:
         self.channel = channel
         self.shard = shard
@@ -98,6 +101,7 @@ class ShardClient:
         self._deadline = deadline_seconds
         self._counters = counters
         self._sink = sink
+        self._account = account
         self._requests: dict[int, Request] = {}
         self._is_welcome = False
         self._hello_due = 0.0
@@ -249,7 +253,7 @@ class ShardClient:
         for verdict in pushed.acknowledged:
             position = request.undecided.get(verdict.block)
             if position is not None and updates[position].sequence == verdict.sequence:
-                del request.undecided[verdict.block]
+                self._forget_update(request, position)
                 self._sink.acknowledged(verdict.block, verdict.version)
         for refusal in pushed.refused:
             position = request.undecided.get(refusal.block)
@@ -259,6 +263,14 @@ class ShardClient:
             self._on_pulled(pushed.request, pushed.values, frames, now)
         else:
             self._finish_if_complete(request)
+
+    def _forget_update(self, request: Request, position: int) -> None:
+        """An update is applied, and this worker knows it."""
+        assert isinstance(request.message, Push)  # only a Push carries updates
+        update = request.message.updates[position]
+        if self._account is not None:
+            self._account.note(update.block, request.message.step, update.sequence)
+        del request.undecided[update.block]
 
     def _on_refused_update(self, request: Request, position: int, why: RefusedUpdate, now: float) -> None:
         self._counters.refusals[why.code] += 1
@@ -272,7 +284,7 @@ class ShardClient:
             return
         if why.code == "out-of-order":
             if why.expected > why.sequence:
-                del request.undecided[why.block]  # applied before: its acknowledgement was lost
+                self._forget_update(request, position)  # applied before: its acknowledgement was lost
                 return
             raise JobFailure(
                 f"{self.shard} expects update {why.expected} of block {why.block}, but those up to "

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from paramserver.account import Account
 from paramserver.encoding import Encoding, EncodingError, parse_encoding
 from paramserver.process import log
 from paramserver.protocol.buffers import BufferPool
@@ -73,6 +74,7 @@ class Exchange:
         clock: seconds, monotonic.
         is_resumed: the same incarnation has pushed for this job before, and what became of its last updates
             is not known: the shard is asked which sequence is next.
+        account: where acknowledged updates are noted.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Exchange:
         guard: Callable[[], None] = always_go_on,
         clock: Callable[[], float] = time.monotonic,
         is_resumed: bool = False,
+        account: Account | None = None,
     ) -> None:
         self._pool = BufferPool()
         self._encoder = UpdateEncoder(
@@ -116,7 +119,9 @@ class Exchange:
         for shard in placement:
             channel = transport.connect(shard.address, shard.key)
             deadline = codec.deadline_seconds
-            self._clients.append(ShardClient(channel, shard.part, identity, shard.term, deadline, counters, self))
+            self._clients.append(
+                ShardClient(channel, shard.part, identity, shard.term, deadline, counters, self, account)
+            )
             self._cuttings.append(Cutting([blocks[block] for block in shard.blocks], codec.encodings))
 
     # --------------------------------------------------------------------- the calls

@@ -9,8 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from math import inf
+from pathlib import Path
 
 from models.task import Task
+from paramserver.account import Account
 from paramserver.job import Job
 from paramserver.process import StopRequest, log
 from paramserver.protocol.messages import Lease, LeaseDone
@@ -39,13 +41,17 @@ class Runner:
     Args:
         transport: for the shards; not the control thread's.
         name: of this worker.
+        accounts: a folder in which acknowledged updates are noted; None for no account.
     """
 
-    def __init__(self, transport: Transport, name: str, desk: Desk, stop: StopRequest) -> None:
+    def __init__(
+        self, transport: Transport, name: str, desk: Desk, stop: StopRequest, accounts: Path | None = None
+    ) -> None:
         self._transport = transport
         self._name = name
         self._desk = desk
         self._stop = stop
+        self._accounts = accounts
         self._known: tuple[str, int] | None = None  # the last job that pushed, and under which incarnation
 
     def run(self) -> None:
@@ -67,7 +73,9 @@ class Runner:
         """One job, until it is over, taken away, or this process stops."""
         log("job-taken", job=state.order.job, stage=state.order.stage)
         key = (state.order.job, state.incarnation)
-        work = JobWork(self._transport, self._name, self._desk, state, self._must_stop, is_resumed=key == self._known)
+        work = JobWork(
+            self._transport, self._name, self._desk, state, self._must_stop, key == self._known, self._accounts
+        )
         try:
             work.run()
         except Abandoned as why:
@@ -88,6 +96,7 @@ class JobWork:
 
     Args:
         is_resumed: this process has pushed for the job before, under the same incarnation.
+        accounts: see `Runner`.
     """
 
     def __init__(
@@ -98,6 +107,7 @@ class JobWork:
         state: JobState,
         must_stop: Callable[[], bool],
         is_resumed: bool = False,
+        accounts: Path | None = None,
     ) -> None:
         self._transport = transport
         self._name = name
@@ -107,6 +117,8 @@ class JobWork:
         self._is_resumed = is_resumed
         self._stop_at: float | None = None
         self._job = Job.model_validate_json(state.order.specification)
+        self._accounts = accounts
+        self._account: Account | None = None
         self._exchange: Exchange | None = None
         self._optimizer: LocalOptimizer | None = None
         self._task: Task
@@ -144,6 +156,8 @@ class JobWork:
     def close(self) -> None:
         if self._exchange is not None:
             self._exchange.close()
+        if self._account is not None:
+            self._account.close()
 
     # ------------------------------------------------------------------- the stages
 
@@ -258,6 +272,8 @@ class JobWork:
                 "install the same release and the same data on every worker"
             )
         push = self._job.push
+        if self._accounts is not None:
+            self._account = Account(self._accounts, order.job, self._name, self._state.incarnation)
         self._exchange = Exchange(
             self._transport,
             order.placement,
@@ -267,6 +283,7 @@ class JobWork:
             self._state.counters,
             self._guard,
             is_resumed=self._is_resumed,
+            account=self._account,
         )
         return self._exchange
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
 
@@ -21,6 +22,7 @@ DEFAULT_HTTP = "127.0.0.1:8420"
 FOLLOW_SECONDS = 0.3
 TELL_SECONDS = 5.0  # how long `down` waits for the coordinator to tell everybody
 TAIL_BYTES = 64 * 2**10
+RECENT_SECONDS = 60.0  # a death that was made good is news for so long
 ENGINES = ("local", "compose", "ray")
 MOST_SHARDS, MOST_WORKERS = 64, 256  # processes of one machine
 
@@ -221,13 +223,17 @@ def _events(lines: list[bytes]) -> list[bytes]:
 
 
 def note_deaths(record: Record | None) -> None:
-    """Say on standard error which processes of this machine's cluster have died."""
-    for death in record.deaths if record else ():
-        print(
-            f"paramserver: {death['name']} ended with {death['reason']} at {death['at']}; "
-            f"see `paramserver logs {death['name']}`",
-            file=sys.stderr,
-        )
+    """Say on standard error which processes of this machine's cluster are missing, or were until a moment ago."""
+    last = {death["name"]: death for death in record.deaths} if record else {}
+    for name, death in last.items():
+        what = f"paramserver: {name} {death['reason']} at {death['at']}"
+        if death["outcome"] == "started again":
+            if (datetime.now(UTC) - datetime.fromisoformat(death["at"])).total_seconds() < RECENT_SECONDS:
+                print(f"{what}, started again", file=sys.stderr)
+        elif death["outcome"] == "died":
+            print(f"{what} and is about to be started again; see `paramserver logs {name}`", file=sys.stderr)
+        else:
+            print(f"{what} and is not started again; see `paramserver logs {name}`", file=sys.stderr)
 
 
 def add_to(app: typer.Typer) -> None:

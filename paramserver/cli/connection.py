@@ -50,13 +50,17 @@ def _why_silent() -> str:
     from deploy.home import default_home
 
     record = default_home().record()
-    for death in record.deaths if record else ():
-        if death["name"] == "coordinator":
-            return (
-                f"the coordinator ended with {death['reason']} at {death['at']}; see `paramserver logs coordinator`. "
-                "`paramserver down`, then `paramserver up`, go on with the queue"
-            )
-    return ""
+    deaths = [death for death in record.deaths if death["name"] == "coordinator"] if record else []
+    if not deaths:
+        return ""
+    death = deaths[-1]
+    what = f"the coordinator {death['reason']} at {death['at']}"
+    if death["outcome"] in ("died", "started again"):
+        return f"{what} and is being started again: ask once more in a moment; see `paramserver logs coordinator`"
+    return (
+        f"{what} and is not started again; see `paramserver logs coordinator`. "
+        "`paramserver down`, then `paramserver up`, go on with the queue"
+    )
 
 
 def _token(record: Record | None) -> str:

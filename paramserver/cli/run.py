@@ -24,6 +24,7 @@ from paramserver.cli.job_file import AsJson, JobFile, read_job, show_warnings
 if TYPE_CHECKING:
     from deploy.api import Api
     from deploy.local import LocalCluster
+    from deploy.supervision import Supervision
     from paramserver.job import Job
     from paramserver.process import StopRequest
 
@@ -84,6 +85,7 @@ def _train(job: Job, directory: Path, runs: Path, threads: int, stop: StopReques
     """The result of the job, or {"state": "cancelled"} where a stop came before there was one."""
     from deploy.api import Api, ApiError
     from deploy.local import EngineError, LocalCluster, StoppedEarlyError, Topology
+    from deploy.supervision import Supervision
     from paramserver.cli.replay import take_journals
     from paramserver.status.access import make_token
 
@@ -106,7 +108,7 @@ def _train(job: Job, directory: Path, runs: Path, threads: int, stop: StopReques
             cluster.start(stop)
             with Api(cluster.url, token=token) as api:
                 job_id = api.submit(job.json_text())["id"]
-                _follow(cluster, api, job_id, stop, progress)
+                _follow(cluster, Supervision(cluster), api, job_id, stop, progress)
         if job.durability.keep == "all":
             take_journals(directory / "state" / "shards", runs / job_id)  # closed by now
         progress.close()
@@ -119,14 +121,16 @@ def _train(job: Job, directory: Path, runs: Path, threads: int, stop: StopReques
         progress.close()
 
 
-def _follow(cluster: LocalCluster, api: Api, job_id: str, stop: StopRequest, progress: Progress) -> None:
+def _follow(
+    cluster: LocalCluster, supervision: Supervision, api: Api, job_id: str, stop: StopRequest, progress: Progress
+) -> None:
     """Show progress until the job is over; a stop cancels it first. Raises FailedError where it cannot end."""
     from deploy.api import ApiError
 
     heard = time.monotonic()
     deadline: float | None = None  # for the job to be over once it is cancelled
     while True:
-        _check_alive(cluster, progress)
+        _keep_alive(cluster, supervision, progress)
         try:
             if stop.is_set() and deadline is None:
                 deadline = time.monotonic() + CANCEL_SECONDS
@@ -146,20 +150,29 @@ def _follow(cluster: LocalCluster, api: Api, job_id: str, stop: StopRequest, pro
         if deadline is not None and time.monotonic() > deadline:
             raise FailedError(f"{job_id} was cancelled but did not end within {CANCEL_SECONDS:.0f} s")
         if deadline is None:
-            stop.wait(POLL_SECONDS)
+            _pause(cluster, supervision, stop, progress)
         else:
             time.sleep(POLL_SECONDS / 5)
 
 
-def _check_alive(cluster: LocalCluster, progress: Progress) -> None:
-    deaths = cluster.deaths()
-    for death in deaths:
-        progress.note(f"{death.name} ended with {death.reason}")
-    running = cluster.pids()
-    for death in deaths:
-        # A shard's death is the coordinator's to judge: it fails the job with what was lost.
-        if death.name == "coordinator" or not any(name in running for name in cluster.worker_names):
-            raise FailedError(str(death))
+def _pause(cluster: LocalCluster, supervision: Supervision, stop: StopRequest, progress: Progress) -> None:
+    """POLL_SECONDS without a question to the coordinator, or less where a stop is asked for."""
+    from deploy.supervision import LOOK_SECONDS
+
+    until = time.monotonic() + POLL_SECONDS
+    while time.monotonic() < until and not stop.wait(LOOK_SECONDS):
+        _keep_alive(cluster, supervision, progress)
+
+
+def _keep_alive(cluster: LocalCluster, supervision: Supervision, progress: Progress) -> None:
+    """Start again what died. Raises FailedError where the job cannot end without what stays away."""
+    for happening in supervision.look():
+        if happening.outcome != "died":  # its next start is told, in a moment
+            progress.note(happening.text)
+        # A shard's death is the coordinator's to judge: it fails the job with what was lost, or waits for it.
+        is_vital = happening.name == "coordinator" or supervision.gone.keys() >= set(cluster.worker_names)
+        if happening.outcome in ("given up", "left") and is_vital:
+            raise FailedError(happening.text if happening.outcome == "given up" else str(happening.death))
 
 
 def _result(folder: Path) -> dict[str, Any]:

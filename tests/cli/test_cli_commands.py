@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from deploy.home import Home, Record
+from deploy.home import DeathNote, Home, Record
 from paramserver.cli import figures
 from paramserver.cli.__main__ import main
+from paramserver.cli.cluster import note_deaths
 from paramserver.coordinator.effects import JobRecord
 from paramserver.coordinator.report import empty_result
 
@@ -224,20 +226,48 @@ def test_an_export_replaces_a_file_whole_and_touches_no_other(
     }  # fmt: skip
 
 
-def test_a_dead_coordinator_is_told_as_that(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("outcome", "mend"),
+    [("given up", "`paramserver down`, then `paramserver up`"), ("died", "ask once more in a moment")],
+)
+def test_a_dead_coordinator_is_told_as_that(
+    outcome: str, mend: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PARAMSERVER_HOME", str(tmp_path))
     monkeypatch.delenv("PARAMSERVER_URL", raising=False)
     home = Home(tmp_path)
     lock = home.acquire()
     try:
-        death = {"name": "coordinator", "reason": "signal SIGKILL", "at": "noon"}
+        death = DeathNote(name="coordinator", reason="was killed (SIGKILL)", at="noon", outcome=outcome)
         home.write(Record(1, "ready", url="http://127.0.0.1:1", deaths=[death]))
         assert main(["status"]) == 1
     finally:
         os.close(lock)
     shown = capsys.readouterr().err
-    assert "the coordinator ended with signal SIGKILL at noon" in shown
-    assert "`paramserver down`, then `paramserver up`" in shown
+    assert "the coordinator was killed (SIGKILL) at noon" in shown
+    assert mend in shown
+
+
+def test_a_death_is_told_until_it_is_made_good_and_a_minute_longer(capsys: Capture) -> None:
+    now = datetime.now(UTC)
+    deaths = [
+        DeathNote(name=name, reason="was killed (SIGKILL)", at=(now - ago).isoformat(), outcome=outcome)
+        for name, ago, outcome in (
+            ("shard-0", timedelta(seconds=90), "started again"),
+            ("shard-1", timedelta(seconds=90), "given up"),
+            ("worker-0", timedelta(seconds=90), "died"),
+            ("worker-1", timedelta(seconds=90), "given up"),
+            ("worker-1", timedelta(seconds=5), "started again"),
+        )
+    ]
+    note_deaths(Record(1, "ready", deaths=deaths))
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in shown] == ["shard-1", "worker-0", "worker-1"]
+    assert "is not started again" in shown[0]
+    assert "about to be started again" in shown[1]
+    assert shown[2].endswith("started again")
+    note_deaths(None)
+    assert capsys.readouterr().err == ""
 
 
 def test_an_address_that_is_none_is_told(capsys: Capture) -> None:

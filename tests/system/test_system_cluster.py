@@ -111,12 +111,26 @@ def test_a_killed_supervisor_leaves_no_process_and_no_lock(
 
 
 @pytest.mark.timeout(240)
-def test_a_dead_process_is_reported_by_status(paramserver: Commands, poll: Poll) -> None:
+def test_a_dead_process_is_started_again_and_status_says_so(paramserver: Commands, poll: Poll) -> None:
     assert paramserver("up", *SMALL).code == 0
     status = paramserver("status", "--json").json()
     worker = next(session for session in status["sessions"] if session["name"] == "worker-0")
     os.kill(worker["pid"], signal.SIGKILL)
-    poll("the death to be reported", lambda: "worker-0 ended with signal SIGKILL" in paramserver("status").err, 20, 0.3)
+
+    def told() -> bool:
+        shown = paramserver("status").err
+        return "worker-0 was killed (SIGKILL)" in shown and "started again" in shown
+
+    poll("the death and the start to be reported", told, 20, 0.3)
+    (death,) = json.loads((paramserver.home / "cluster.json").read_text())["deaths"]
+    assert (death["name"], death["outcome"]) == ("worker-0", "started again")
+
+    def successor() -> Any:
+        sessions = paramserver("status", "--json").json()["sessions"]
+        return [one for one in sessions if one["name"] == "worker-0" and one["pid"] != worker["pid"]]
+
+    (found,) = poll("the successor to join", successor, 30, 0.3)
+    assert found["incarnation"] == worker["incarnation"] + 1
 
 
 @pytest.mark.timeout(240)

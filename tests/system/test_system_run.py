@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -16,14 +17,14 @@ Job = Callable[..., Path]
 Processes = Callable[[], list[Any]]
 
 
-def _await_line(stream: Any, part: str) -> threading.Thread:
-    """Read the stream up to a line that holds `part`, then go on draining it in a thread."""
+def _await_line(stream: Any, part: str, later: list[str] | None = None) -> threading.Thread:
+    """Read the stream up to a line that holds `part`, then go on draining it in a thread, into `later`."""
     for line in stream:
         if part in line:
             break
     else:
         pytest.fail(f"the output ended without {part!r}")
-    drain = threading.Thread(target=stream.read)
+    drain = threading.Thread(target=lambda: (later if later is not None else []).append(stream.read()))
     drain.start()
     return drain
 
@@ -120,3 +121,44 @@ def test_a_job_that_fails_says_why_and_exits_1(paramserver: Commands, tiny_job: 
     assert "short failed: " in done.err
     assert "The logs are kept in " in done.err
     assert "failed" in done.out
+
+
+def _pid_of(processes: Processes, name: str) -> int:
+    (found,) = [process.pid for process in processes() if name in process.cmdline()]
+    return int(found)
+
+
+@pytest.mark.timeout(240)
+def test_a_killed_shard_and_a_killed_coordinator_are_started_again_and_the_job_ends(
+    paramserver: Commands, tiny_job: Job, processes: Processes
+) -> None:
+    shown: list[str] = []
+    with paramserver.start("run", tiny_job("mended", log="journal", epochs=2), "--json") as process:
+        drain = _await_line(process.stderr, "| loss ", shown)
+        os.kill(_pid_of(processes, "shard-0"), signal.SIGKILL)
+        os.kill(_pid_of(processes, "paramserver.coordinator"), signal.SIGKILL)
+        result = json.loads(process.stdout.read())
+        assert process.wait(120) == 0
+        drain.join()
+    assert processes() == []
+    assert result["state"] == "done"
+    assert result["shards_recovered"] == ["shard-0"]
+    for name in ("shard-0", "coordinator"):
+        assert f"{name} was killed (SIGKILL), started again" in shown[0]
+
+
+@pytest.mark.timeout(240)
+def test_a_killed_shard_without_a_journal_fails_the_job_although_it_is_started_again(
+    paramserver: Commands, tiny_job: Job, processes: Processes
+) -> None:
+    shown: list[str] = []
+    with paramserver.start("run", tiny_job("unkept", epochs=100)) as process:
+        drain = _await_line(process.stderr, "| loss ", shown)
+        os.kill(_pid_of(processes, "shard-0"), signal.SIGKILL)
+        process.stdout.read()
+        assert process.wait(120) == 1
+        drain.join()
+    assert processes() == []
+    assert "shard-0 was killed (SIGKILL), started again" in shown[0]
+    assert "'shard-0' died" in shown[0]
+    assert "durability {log: journal} survives such a death" in shown[0]
