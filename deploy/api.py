@@ -12,6 +12,7 @@ from urllib.parse import quote
 import httpx
 
 CALL_SECONDS = 10.0
+RESUME_SECONDS = 600.0
 
 
 class ApiError(Exception):
@@ -41,6 +42,7 @@ class Api:
 
     def __init__(self, url: str, timeout_seconds: float = CALL_SECONDS, token: str = "") -> None:
         self.url = url.rstrip("/")
+        self._timeout_seconds = timeout_seconds
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         # The environment's proxies are for the world outside, not for a coordinator on this machine or network.
         self._client = httpx.Client(timeout=timeout_seconds, trust_env=False, headers=headers)
@@ -54,9 +56,20 @@ class Api:
     def close(self) -> None:
         self._client.close()
 
-    def submit(self, specification: str) -> dict[str, Any]:
-        """{"id", "warnings"}. Raises ApiError with status 422 where the specification is refused."""
-        return cast(dict[str, Any], self._call("POST", "/api/jobs", content=specification.encode()))
+    def submit(self, specification: str, resume: str | None = None) -> dict[str, Any]:
+        """{"id", "warnings"}. Raises ApiError with status 422 where the specification is refused.
+
+        `resume`: go on from a checkpoint: "" the newest of the job's name, "RUN" or "RUN/N".
+        """
+        path = "/api/jobs" if resume is None else f"/api/jobs?resume={quote(resume, safe='')}"
+        # Every byte of the checkpoint is read before the answer.
+        patience = None if resume is None else RESUME_SECONDS
+        return cast(dict[str, Any], self._call("POST", path, specification.encode(), patience))
+
+    def checkpoint(self, job: str) -> int:
+        """Ask for a checkpoint; its number. Raises ApiError (409 for a job that does not train)."""
+        answer = cast(dict[str, Any], self._call("POST", f"/api/jobs/{quote(job, safe='')}/checkpoint"))
+        return int(answer["checkpoint"])
 
     def jobs(self) -> list[dict[str, Any]]:
         answer = self._call("GET", "/api/jobs")
@@ -86,9 +99,12 @@ class Api:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from None
 
-    def _call(self, method: str, path: str, content: bytes | None = None) -> object:
+    def _call(
+        self, method: str, path: str, content: bytes | None = None, timeout_seconds: float | None = None
+    ) -> object:
+        patience = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         try:
-            answer = self._client.request(method, self.url + path, content=content)
+            answer = self._client.request(method, self.url + path, content=content, timeout=patience)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from None
         if answer.is_error:

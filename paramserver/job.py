@@ -215,6 +215,12 @@ class Durability(_Section):
         return self
 
 
+class CheckpointSettings(_Section):
+    every_seconds: Annotated[float, Field(ge=1, le=MOST_COUNT)] | None = None  # of training, between two
+    every_steps: Annotated[int, Field(ge=1, le=MOST_COUNT)] | None = None  # of all workers together
+    keep: Annotated[int, Field(ge=1, le=1000)] = 2  # the newest so many; older ones are removed
+
+
 class Routing(_Section):
     mode: Literal["random"] = "random"
 
@@ -247,6 +253,7 @@ class Job(_Section):
     pull: PullSettings = PullSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     durability: Durability = Durability()
+    checkpoint: CheckpointSettings = CheckpointSettings()
     routing: Routing = Routing()
     stop: Stop = Stop()
 

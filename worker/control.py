@@ -14,7 +14,7 @@ from time import monotonic
 
 from paramserver.process import log
 from paramserver.protocol.membership import Membership, MembershipError
-from paramserver.protocol.messages import ExportStored, Register
+from paramserver.protocol.messages import CheckpointStored, ExportStored, KeptState, Register
 from paramserver.protocol.transport import Channel, Malformed, Received, Transport
 from worker.desk import Desk
 from worker.errors import WorkerError
@@ -58,8 +58,10 @@ class ControlLoop:
             self.membership.must_reset = False
         if message is not None:
             self._channel.send(message)
-        if self.membership.is_registered and now >= self._part_due:
-            self._send_part(now)
+        if self.membership.is_registered:
+            if now >= self._part_due:
+                self._send_part(now)
+            self._run_errands(now)
         received = self._channel.receive(min(timeout_seconds, self.membership.seconds_to_next(now)))
         while received is not None:
             self._take(received)
@@ -73,6 +75,12 @@ class ControlLoop:
         now = self._clock()
         if isinstance(message, ExportStored) and self._desk.export_stored(message.job, message.lease, message.stored):
             self._send_part(now)
+        if isinstance(message, CheckpointStored):
+            self._desk.checkpoint_stored(message)
+            self._run_errands(now)
+        elif isinstance(message, KeptState):
+            self._desk.state_came(message, received.frames[0])
+            self._run_errands(now)
         try:
             orders = self.membership.hear(message, now)
         except MembershipError as error:
@@ -87,6 +95,10 @@ class ControlLoop:
             message, frame = part
             self._channel.send(message, [frame])
             self._part_due = now + EXPORT_AGAIN_SECONDS
+
+    def _run_errands(self, now: float) -> None:
+        while (errand := self._desk.next_errand(self._name, now)) is not None:
+            self._channel.send(*errand)
 
 
 class ControlThread:

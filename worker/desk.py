@@ -11,7 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from paramserver.protocol.layout import Layout
-from paramserver.protocol.messages import ExportPart, Lease, LeaseDone, Orders, WorkerOrder, WorkerReport
+from paramserver.protocol.messages import (
+    CheckpointPiece,
+    CheckpointStored,
+    ExportPart,
+    KeptState,
+    Lease,
+    LeaseDone,
+    Orders,
+    TakeState,
+    WorkerOrder,
+    WorkerReport,
+)
+from paramserver.protocol.pieces import Download
+from paramserver.protocol.pieces import Upload as PieceUpload
 from worker.counters import Counters
 from worker.leases import LeaseBook
 
@@ -61,6 +74,13 @@ class JobState:
     drained: bool = False
     failed: str = ""
     upload: Upload | None = None
+    checkpoint: int = 0  # the one for which nothing of this worker is on its way now
+    stopped_for: int = 0  # the last one that it has stopped for, and gone on
+    kept: PieceUpload | None = None  # the own state on its way into the checkpoint `kept_number`
+    kept_number: int = 0
+    kept_bytes: int = 0
+    taking: Download | None = None  # a predecessor's state, from the checkpoint that the job goes on from
+    adopted: frozenset[int] = frozenset()  # the blocks whose residuals of it may be used
 
 
 class Desk:
@@ -135,6 +155,66 @@ class Desk:
                 lambda: self._failure is not None or (self._sent > sent and self._answered > answered), timeout_seconds
             )
 
+    # --------------------------------------------------------- checkpoints (see checkpoint.py)
+
+    def stop_for(self, state: JobState, number: int, content: PieceUpload | None) -> None:
+        """This worker waits, and `content` is what it sends for the checkpoint: None where it has nothing."""
+
+        def change() -> None:
+            state.checkpoint = state.kept_number = number
+            state.kept = content
+            state.kept_bytes = 0 if content is None else content.total
+
+        self.update(state, change)
+
+    def go_on(self, state: JobState, number: int) -> None:
+        """It waits no longer, whatever came of the checkpoint."""
+
+        def change() -> None:
+            state.stopped_for, state.checkpoint = number, 0
+
+        self.update(state, change)
+
+    def take_state(self, state: JobState) -> Download:
+        """Ask for a predecessor's state; the control thread fetches it."""
+        with self._changed:
+            if state.taking is None:
+                state.taking = Download()
+            return state.taking
+
+    def next_errand(self, name: str, now: float) -> tuple[CheckpointPiece | TakeState, list[memoryview]] | None:
+        """What the control thread must send for a checkpoint now, or None."""
+        with self._changed:
+            state = self._job
+            if state is None:
+                return None
+            who = {"name": name, "incarnation": state.incarnation, "job": state.order.job}
+            if state.kept is not None and (piece := state.kept.due(now)) is not None:
+                place = {"checkpoint": state.kept_number, "offset": piece[0], "total": state.kept.total}
+                return CheckpointPiece(**who, part="", **place), [piece[1]]  # type: ignore[arg-type]
+            if state.taking is not None and (offset := state.taking.due(now)) is not None:
+                return TakeState(**who, offset=offset), []  # type: ignore[arg-type]
+            return None
+
+    def checkpoint_stored(self, message: CheckpointStored) -> None:
+        with self._changed:
+            state = self._job
+            if state is None or state.order.job != message.job or message.checkpoint != state.kept_number:
+                return
+            if state.kept is not None:
+                state.kept.heard(message.stored)
+                if state.kept.is_complete:
+                    state.kept = None  # its memory is as large as the model
+
+    def state_came(self, message: KeptState, piece: memoryview) -> None:
+        with self._changed:
+            state = self._job
+            if state is None or state.order.job != message.job or state.taking is None:
+                return
+            state.adopted = frozenset(message.adopted)
+            state.taking.heard(message.offset, message.total, piece)
+            self._changed.notify_all()
+
     # ------------------------------------------------------------- the control thread
 
     def take_orders(self, orders: Orders, incarnation: int) -> None:
@@ -150,6 +230,10 @@ class Desk:
                     state = self._job = JobState(order, incarnation)
                     self._is_urgent = True
                 state.order = order
+                if state.checkpoint != order.checkpoint and (not order.checkpoint or state.stage != "train"):
+                    # Nothing is on its way, and training begins with a look at the order: see CheckpointStop.
+                    state.checkpoint, state.kept_bytes = order.checkpoint, 0
+                    self._is_urgent = True
                 if order.placement:
                     state.layout = None  # declared long enough
                 kinds = KINDS[order.stage]
@@ -229,4 +313,6 @@ class Desk:
                 device=counters.device,
                 begun=state.leases.begun,
                 metrics=dict(counters.metrics),
+                checkpoint=state.checkpoint,
+                checkpoint_bytes=state.kept_bytes if state.checkpoint else 0,
             )

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from paramserver.account import Account
@@ -229,6 +230,35 @@ class Exchange:
 
         self._post(request, bytes_a_second=0.0)
         self.settle_pushes()
+
+    @property
+    def worker(self) -> str:
+        return self._identity.worker
+
+    @property
+    def incarnation(self) -> int:
+        return self._identity.incarnation
+
+    def kept_residuals(self) -> dict[int, tuple[int, Tensor, float]]:
+        """Block -> (sequence of its last update, a copy of its residual on the host, the residual's norm).
+
+        Call when every update has its verdict. Blocks that hold nothing back are left out.
+        """
+        kept = {}
+        for block in self.residuals.blocks():
+            residual = self.residuals.copy(block)
+            # One that never pushed since it took the job up anew does not know its sequence, and has no residual.
+            sequence = self._sequences[block] if self._sequences[block] < ASKING else 0
+            kept[block] = sequence, residual, float(torch.linalg.vector_norm(residual))
+        return kept
+
+    def adopt_residual(self, block: int, values: npt.NDArray[np.float32]) -> None:
+        """Add a predecessor's residual (elements,) to the next update of a block. Raises ValueError."""
+        elements = self._replica.layout.blocks[block].elements
+        if values.size != elements:
+            raise ValueError(f"the residual of block {block} has {values.size} elements, the block has {elements}")
+        if not self.residuals.take_back(block, values):
+            raise ValueError(f"the residual of block {block} is not finite")
 
     def follow(self, placement: Sequence[PartAddress]) -> None:
         """Go on with each part where it is now and under its term: its shard may have died and be back, or another."""

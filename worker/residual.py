@@ -44,6 +44,11 @@ class ResidualStore:
         """The live residual, or None where nothing was ever lost: a lossless encoder needs none."""
         return self._residuals.get(block)
 
+    def copy(self, block: int) -> Tensor:
+        """A copy (elements,) on the host of what a block holds back."""
+        residual = self.of(block)
+        return residual.detach().cpu().clone() if isinstance(residual, Tensor) else torch.from_numpy(residual.copy())
+
     def take_back(self, block: int, values: Float32) -> bool:
         """Add a finally refused update (elements,) to the residual. False, and no change, if it is not finite."""
         residual = self.of(block)

@@ -18,6 +18,7 @@ from paramserver.process import StopRequest, log
 from paramserver.protocol.messages import Lease, LeaseDone
 from paramserver.protocol.transport import Transport
 from worker import stages
+from worker.checkpoint import CheckpointStop, adopt
 from worker.client import Identity
 from worker.desk import Desk, JobState, Upload
 from worker.errors import Abandoned, JobFailure
@@ -29,6 +30,7 @@ from worker.train import Trainer
 IDLE_SECONDS = 0.5  # how late a stop request may be seen
 STOP_SECONDS = 4.0  # how long a stopping worker waits for shards
 GOODBYE_SECONDS = 1.0  # and then for the coordinator
+ADOPTION_SECONDS = 120.0  # a coordinator may be started again meanwhile
 
 # What `push.overlap` means to the Trainer. An exchange in flight is one more step of staleness, which costs more
 # than it saves where the exchange is short beside the computation.
@@ -121,6 +123,8 @@ class JobWork:
         self._account: Account | None = None
         self._exchange: Exchange | None = None
         self._optimizer: LocalOptimizer | None = None
+        self._stop: CheckpointStop | None = None
+        self._has_adopted = False
         self._task: Task
         self._replica: Replica
 
@@ -185,12 +189,32 @@ class JobWork:
             self._wait_change(lambda: bool(self._state.order.placement))
             return
         exchange = self._connect()
+        self._adopt(exchange)
         exchange.pull(self._state.counters.steps)
         self._enter("train")
         settings = self._job
         clip, patience = settings.optimizer.clip, PATIENCE[settings.push.overlap]
         counters, optimizer = self._state.counters, self._local_optimizer()
-        Trainer(self._task, self._replica, exchange, self, counters, clip, patience, optimizer).run()
+        self._stop = CheckpointStop(self._desk, self._state, exchange, optimizer, self._look)
+        Trainer(self._task, self._replica, exchange, self, counters, clip, patience, optimizer, stop=self._stop).run()
+
+    def _adopt(self, exchange: Exchange) -> None:
+        """Go on with the state that a checkpoint keeps of this worker's predecessor, where there is one."""
+        if self._has_adopted or self._is_resumed or not self._state.order.resumes:
+            return
+        self._has_adopted = True
+        taking = self._desk.take_state(self._state)
+        deadline = time.monotonic() + ADOPTION_SECONDS
+        while not taking.is_complete:
+            self._guard_stop()
+            if time.monotonic() > deadline:
+                raise JobFailure(
+                    f"the state that the checkpoint keeps of this worker's predecessor did not come within "
+                    f"{ADOPTION_SECONDS:.0f} s; see whether the coordinator lives, then submit the job again"
+                )
+            self._wait_change(lambda: taking.is_complete)
+        if taking.data:
+            adopt(bytes(taking.data), self._state.adopted, exchange, self._local_optimizer())
 
     def _drain(self) -> None:
         if not self._state.drained:
@@ -246,7 +270,14 @@ class JobWork:
 
     def wait_lease(self) -> None:
         leases = self._state.leases
-        self._wait_change(lambda: leases.waiting("train") > 0 or self._state.order.stage != "train")
+        stop = self._stop
+        self._wait_change(
+            lambda: (
+                leases.waiting("train") > 0
+                or self._state.order.stage != "train"
+                or (stop is not None and stop.is_due(is_between_leases=True))
+            )
+        )
 
     def finish(self, result: LeaseDone) -> None:
         self._desk.finish_lease(self._state, result)
@@ -309,6 +340,12 @@ class JobWork:
 
     def _wait_change(self, is_over: Callable[[], bool]) -> None:
         self._desk.wait(lambda: is_over() or self._desk.job is not self._state, IDLE_SECONDS)
+
+    def _look(self) -> None:
+        """Wait a little for another order, and raise where there is nothing to wait for any more."""
+        self._guard()
+        number = self._state.order.checkpoint
+        self._wait_change(lambda: self._state.order.checkpoint != number)
 
     def _guard(self) -> None:
         """Raise where this job is not ours any more, or a stop has waited long enough for shards."""

@@ -45,14 +45,27 @@ class LeaseSource(Protocol):
         """The updates of a begun lease are acknowledged."""
 
 
+class Stop(Protocol):
+    """Where the job is checkpointed: training stops for a moment, with nothing on its way."""
+
+    def is_due(self, is_between_leases: bool) -> bool:
+        """Asked before each batch."""
+
+    def stop(self) -> None:
+        """Every update has its verdict, and every ended lease its result: returns when training goes on."""
+
+
 class LeasedBatches:
     """Batches of one lease after another. A lease is done when its last update is acknowledged, not before."""
 
-    def __init__(self, task: Task, source: LeaseSource, exchange: Exchange, counters: Counters) -> None:
+    def __init__(
+        self, task: Task, source: LeaseSource, exchange: Exchange, counters: Counters, stop: Stop | None = None
+    ) -> None:
         self._task = task
         self._source = source
         self._exchange = exchange
         self._counters = counters
+        self._stop = stop
         self._open: LeaseDone | None = None
         self._unacknowledged: list[tuple[LeaseDone, float]] = []  # result, examples
 
@@ -64,6 +77,7 @@ class LeasedBatches:
                 if not self._source.is_wanted():
                     is_whole = False
                     break
+                self._stop_if_due(is_between_leases=False)
                 yield batch
             if is_whole or not self._source.is_leaving():
                 self._unacknowledged.append((self._open, float(len(lease.examples)) if is_whole else 0.0))
@@ -73,6 +87,7 @@ class LeasedBatches:
     def _next(self) -> Lease | None:
         has_waited = False
         while self._source.is_wanted():
+            self._stop_if_due(is_between_leases=True)
             if (lease := self._source.next_lease()) is not None:
                 if has_waited:
                     # Others went on meanwhile: what is held may be very stale.
@@ -87,6 +102,12 @@ class LeasedBatches:
             has_waited = True
             self._counters.waiting_seconds += time.monotonic() - started
         return None
+
+    def _stop_if_due(self, is_between_leases: bool) -> None:
+        if self._stop is not None and self._stop.is_due(is_between_leases):
+            self._exchange.settle()
+            self.acknowledged()
+            self._stop.stop()
 
     def done(self, step: Step, is_good: bool) -> None:
         """Add one batch to the open lease."""
@@ -128,6 +149,7 @@ class Trainer:
         patience: how long a step waits for its exchange before the next batch is computed, as a share of its
             own computing time. 0 always leaves one exchange in flight, infinity never does.
         optimizer: where the job has it run on the worker: what is pushed is then the update that the shards add.
+        stop: for checkpoints.
     """
 
     def __init__(
@@ -141,11 +163,12 @@ class Trainer:
         patience: float,
         optimizer: LocalOptimizer | None = None,
         clock: Callable[[], float] = time.monotonic,
+        stop: Stop | None = None,
     ) -> None:
         self.task = task
         self.replica = replica
         self.exchange = exchange
-        self.batches = LeasedBatches(task, source, exchange, counters)
+        self.batches = LeasedBatches(task, source, exchange, counters, stop)
         self.counters = counters
         self.clip = clip
         self.patience = patience

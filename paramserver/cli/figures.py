@@ -66,6 +66,10 @@ def result_rows(result: Figures) -> list[tuple[str, str]]:
     rows.append(("time", f"{number(result['seconds'], 1)} s"))
     if result["steps"]:
         rows += _training_rows(result)
+    if result["resumed_from"]:
+        rows.append(("went on from checkpoint", str(result["resumed_from"])))
+    if result["checkpoints"]:
+        rows.append(("checkpoints", ", ".join(map(str, result["checkpoints"]))))
     if result["workers_lost"]:
         rows.append(("workers lost", ", ".join(str(name) for name in result["workers_lost"])))
     if result["shards_recovered"]:
@@ -74,6 +78,9 @@ def result_rows(result: Figures) -> list[tuple[str, str]]:
         slowest = max(result["failover_seconds"], default=None)
         count_of = count(result["faults"]["failovers"])
         rows.append(("failovers", f"{count_of}, the slowest {number(slowest, 1)} s after the session's end"))
+    if result["residuals_lost"]:
+        norm = number(result["residuals_lost_norm"], 4)
+        rows.append(("residuals lost", f"those of {count(result['residuals_lost'])} workers, norm {norm}"))
     return rows
 
 
@@ -122,6 +129,7 @@ def status_rows(job: Figures) -> list[tuple[str, str]]:
         ("residuals", f"norm {number(job['residual_norm'], 4)}"),
         ("replica", _replica(job)),
         *_part_rows(job["parts"]),
+        ("checkpoints", _checkpoints(job)),
         ("queues", _pairs(queues)),
         ("survived", _pairs({"examples repeated": job["examples_repeated"], **faults})),
         ("refused", _pairs(job["refusals"]) or "nothing"),
@@ -160,6 +168,17 @@ def _loss(loss: Figures, of: Figures, digits: int = 3) -> str:
 def _metrics(metrics: Figures, digits: int = 4) -> str:
     """The task's own metrics, to follow its loss; empty where it has none."""
     return "".join(f", {name} {number(value, digits)}" for name, value in metrics.items())
+
+
+def _checkpoints(job: Figures) -> str:
+    figures = job["checkpoint"]
+    said = [
+        f"{figures['phase']} {figures['taking']}" if figures["taking"] else "",
+        f"the last is {figures['last']}" if figures["last"] else "",
+        f"this run goes on from {job['resumed_from']}" if job["resumed_from"] else "",
+        str(figures["reason"]),
+    ]
+    return "; ".join(filter(None, said)) or "none"
 
 
 def _replica(job: Figures) -> str:

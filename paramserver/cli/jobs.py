@@ -10,6 +10,7 @@ from typing import Annotated, Any, BinaryIO
 
 import typer
 
+from paramserver.cli.checkpoint import From, Resume, resume_place
 from paramserver.cli.cluster import note_deaths
 from paramserver.cli.connection import VARIABLE, Url, connected
 from paramserver.cli.errors import FailedError, InputError
@@ -19,7 +20,13 @@ from paramserver.cli.job_file import AsJson, JobFile, show_warnings
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.", show_default=False)]
 
 
-def submit(job_file: JobFile, url: Url = None, as_json: AsJson = False) -> None:
+def submit(
+    job_file: JobFile,
+    url: Url = None,
+    resume: Resume = False,
+    source: From = None,
+    as_json: AsJson = False,
+) -> None:
     """Queue a job; print its id."""
     from paramserver.job import JobError, load_job
 
@@ -29,7 +36,7 @@ def submit(job_file: JobFile, url: Url = None, as_json: AsJson = False) -> None:
         raise InputError(str(error)) from None
     with connected(url) as api:
         # The resolved text: what was checked here is what is trained there. Data is looked for by the coordinator.
-        answer = api.submit(job.json_text())
+        answer = api.submit(job.json_text(), resume_place(resume, source))
     if as_json:
         print(json.dumps(answer))
         return

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paramserver.cli.checkpoint import From, Resume, resume_place
 from paramserver.cli.cluster import MOST_SHARDS, MOST_WORKERS
 from paramserver.cli.errors import EXIT_INTERRUPTED, FailedError, InputError
 from paramserver.cli.figures import EXIT_CODES, FINAL_STATES, progress_line, result_rows, write_rows
@@ -39,6 +40,8 @@ def run(
     job_file: JobFile,
     runs: Annotated[Path, typer.Option(help="Where the job's folder is left.")] = Path("runs"),
     threads: Annotated[int, typer.Option(min=1, max=256, help="Compute threads a worker.")] = 1,
+    resume: Resume = False,
+    source: From = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a job on this machine with a cluster of its own, and show the result."""
@@ -51,7 +54,7 @@ def run(
     directory = Path(tempfile.mkdtemp(prefix="paramserver-run-"))
     keep = True
     try:
-        result = _train(job, directory, runs, threads, stop)
+        result = _train(job, directory, runs, threads, stop, resume_place(resume, source))
         keep = result["state"] == "failed"
     except FailedError as error:
         raise FailedError(f"{error}\nThe logs are kept in {directory / 'logs'}") from None
@@ -81,7 +84,9 @@ def _check_size(job: Job, job_file: Path) -> None:
             )
 
 
-def _train(job: Job, directory: Path, runs: Path, threads: int, stop: StopRequest) -> dict[str, Any]:
+def _train(
+    job: Job, directory: Path, runs: Path, threads: int, stop: StopRequest, resume: str | None = None
+) -> dict[str, Any]:
     """The result of the job, or {"state": "cancelled"} where a stop came before there was one."""
     from deploy.api import Api, ApiError
     from deploy.local import EngineError, LocalCluster, StoppedEarlyError, Topology
@@ -107,7 +112,11 @@ def _train(job: Job, directory: Path, runs: Path, threads: int, stop: StopReques
             progress.show(f"starting {topology.shards} shards and {topology.workers} workers")
             cluster.start(stop)
             with Api(cluster.url, token=token) as api:
-                job_id = api.submit(job.json_text())["id"]
+                answer = api.submit(job.json_text(), resume)
+                job_id = answer["id"]
+                for warning in answer["warnings"]:
+                    if warning not in job.warnings():  # shown already
+                        progress.note(f"{job_id}: {warning}")
                 _follow(cluster, Supervision(cluster), api, job_id, stop, progress)
         if job.durability.keep == "all":
             take_journals(directory / "state" / "shards", runs / job_id)  # closed by now

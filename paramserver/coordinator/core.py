@@ -30,6 +30,7 @@ from paramserver.coordinator.telemetry import slim
 from paramserver.job import Cluster as ClusterNeeds
 from paramserver.job import Job, parse_job
 from paramserver.protocol.messages import (
+    CheckpointPiece,
     ExportPart,
     Heartbeat,
     Message,
@@ -40,6 +41,8 @@ from paramserver.protocol.messages import (
     Registered,
     ShardOrder,
     ShardReport,
+    TakeBlock,
+    TakeState,
     WorkerOrder,
     WorkerReport,
 )
@@ -116,6 +119,7 @@ class CoordinatorCore:
         """Refused or inconsistent messages by name."""
         self.jobs: dict[str, JobRecord] = {record.id: record for record in stored.jobs}
         self.results: dict[str, Mapping[str, Any]] = {}
+        self._resumes: dict[str, Mapping[str, Any]] = {}  # of jobs that wait: what they go on from
         self._effects: list[Effect] = []
         self._next_number = max((record.number for record in stored.jobs), default=0) + 1
         self._run: JobRun | None = None
@@ -129,6 +133,8 @@ class CoordinatorCore:
             kept = documents.get(record.id, {})
             if "result" in kept:
                 self.results[record.id] = kept["result"]
+            if "resume" in kept and record.state == "queued":
+                self._resumes[record.id] = kept["resume"]
             if record.state not in FINAL_STATES and (reason := _why_unreadable(record, kept)):
                 failed = replace(record, state="failed", reason=reason)
                 self._seal(failed, empty_result(failed))
@@ -146,6 +152,8 @@ class CoordinatorCore:
                 self._hear(peer, message, now)
             case ExportPart():
                 self._store_part(peer, message, frames, now)
+            case CheckpointPiece() | TakeBlock() | TakeState():
+                self._serve_checkpoint(peer, message, frames, now)
             case _:
                 detail = f"a coordinator takes no {type(message).__name__}"
                 self._refuse(peer, "not-served", detail)
@@ -238,6 +246,45 @@ class CoordinatorCore:
             self._run.store_part(peer, part, frames[0], now)
             self._move_on(now)
 
+    def _serve_checkpoint(
+        self, peer: Peer, message: CheckpointPiece | TakeBlock | TakeState, frames: Sequence[memoryview], now: float
+    ) -> None:
+        """Pieces of a checkpoint come in, or go out of the one that the job goes on from."""
+        if self._is_impostor(peer, message.name):
+            return
+        session, run = self.sessions.get(message.name), self._run
+        is_of_part = isinstance(message, TakeBlock) or (isinstance(message, CheckpointPiece) and message.part)
+        role = "shard" if is_of_part else "worker"
+        if session is None or session.incarnation != message.incarnation or session.role != role:
+            self._refuse(peer, "unknown-session", f"there is no {role} session of {message.name!r}: register again")
+        elif run is None or run.record.id != message.job:
+            self._refuse(peer, "wrong-job", f"job {message.job!r} is not running")
+        else:
+            run.checkpoints.serve(run, peer, session, message, frames[0] if frames else None, now)
+            self._move_on(now)
+
+    def checkpoint(self, job_id: str, now: float) -> tuple[int, list[Effect]]:
+        """Ask for a checkpoint. Returns its number. Raises UnknownJobError, EndedJobError: it does not train."""
+        record = self.jobs.get(job_id)
+        if record is None:
+            raise UnknownJobError(job_id)
+        if self._run is None or self._run.record.id != job_id or record.state != "training":
+            raise EndedJobError(f"job {job_id!r} is {record.state}: checkpoints are taken while a job is training")
+        number = self._run.checkpoints.cuts.request()
+        self._move_on(now)
+        return number, self._take_effects()
+
+    def checkpoint_over(self, job_id: str, number: int, failure: str, now: float) -> list[Effect]:
+        """The files of a checkpoint are durable; or they could not be written, which training does not suffer from."""
+        if self._run is not None and self._run.record.id == job_id:
+            cuts = self._run.checkpoints.cuts
+            if failure and number == cuts.number:
+                cuts.give_up(failure, now)
+            elif not failure:
+                cuts.sealed(number)
+            self._move_on(now)
+        return self._take_effects()
+
     def _expire(self, now: float) -> None:
         for session in self.sessions.expire(now):
             if self._run is None:
@@ -277,7 +324,9 @@ class CoordinatorCore:
             order = run.shard_order(session, workers)
             return None if order is None else (run.record.id, run.shard_stamp(session, workers))
         stage = run.stage_of(session, workers)
-        return None if stage is None else (run.record.id, stage, run.is_placed(shards), run.addresses())
+        if stage is None:
+            return None
+        return run.record.id, stage, run.is_placed(shards), run.addresses(), run.checkpoints.cuts.for_workers
 
     def _tell_changes(self, now: float) -> None:
         shards, workers = self._members()
@@ -352,7 +401,8 @@ class CoordinatorCore:
         wanted = Job.model_validate_json(queue[0].specification).cluster
         if len(shards) < wanted.shards or len(workers) < wanted.workers:
             return
-        run = self._make_run(queue[0], now)
+        resume = self._resumes.pop(queue[0].id, None)
+        run = self._make_run(queue[0], now, {} if resume is None else {"resume": resume})
         run.enter("initialising", now)
         for session in workers:
             session.pending.clear()
@@ -367,6 +417,7 @@ class CoordinatorCore:
         self._effects += [WriteResult(record.id, result), SaveDocument(record.id, "result", result), SaveJob(record)]
 
     def _end_running(self, run: JobRun, now: float) -> None:
+        run.checkpoints.cuts.give_up("the job ended before it was stored", now)
         self._effects.append(AppendMetrics(run.record.id, self._metrics(run, now)))
         self._seal(run.record, job_result(run, dict(self.counts - self._counted), now))
         self._run, self._last = None, run
@@ -383,13 +434,22 @@ class CoordinatorCore:
             number += 1
 
     def submit(
-        self, job_id: str, specification: str, warnings: Sequence[str], submitted: str, now: float
+        self,
+        job_id: str,
+        specification: str,
+        warnings: Sequence[str],
+        submitted: str,
+        now: float,
+        resume: Mapping[str, Any] | None = None,
     ) -> list[Effect]:
-        """Queue a checked job under an unused id."""
+        """Queue a checked job under an unused id; `resume`: see checkpoints/resume.py."""
         record = JobRecord(job_id, self._next_number, specification, tuple(warnings), submitted)
         self._next_number += 1
         self.jobs[job_id] = record
         self._effects.append(SaveJob(record))
+        if resume is not None:
+            self._resumes[job_id] = resume
+            self._effects.append(SaveDocument(job_id, "resume", resume))
         self._move_on(now)
         return self._take_effects()
 

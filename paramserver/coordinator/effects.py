@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from paramserver.coordinator.checkpoints.manifest import Manifest
 from paramserver.protocol.messages import LeaseDone, Message
 from paramserver.protocol.transport import Peer
 
@@ -58,7 +59,7 @@ class SaveJob:
 
 @dataclass(frozen=True, slots=True)
 class SaveDocument:
-    """One of a job's documents, replaced as a whole: "placed", "progress" or "result"."""
+    """One of a job's documents, replaced as a whole: "placed", "progress", "resume" or "result"."""
 
     job: str
     kind: str
@@ -107,6 +108,67 @@ class Happened:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class StorePiece:
+    """Bytes of a checkpoint's file. `data` is a view that is valid until the effect is carried out."""
+
+    job: str
+    number: int
+    file: str
+    offset: int  # 0 begins the file anew
+    data: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class SealCheckpoint:
+    """All its files are there: make them durable and the checkpoint exist, and tell the core what came of it."""
+
+    job: str
+    number: int
+    manifest: Manifest
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropCheckpoint:
+    job: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendBlock:
+    """Read what the checkpoint that the job goes on from holds of a block, and send it."""
+
+    peer: Peer
+    job: str
+    part: str
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendState:
+    """The same for a piece of a worker's file; `worker` is empty where there is nothing for it."""
+
+    peer: Peer
+    job: str
+    worker: str
+    offset: int
+
+
 Effect = (
-    Send | SaveName | SaveJob | SaveDocument | SaveDone | StorePart | SealModel | WriteResult | AppendMetrics | Happened
+    Send
+    | SaveName
+    | SaveJob
+    | SaveDocument
+    | SaveDone
+    | StorePart
+    | SealModel
+    | WriteResult
+    | AppendMetrics
+    | Happened
+    | StorePiece
+    | SealCheckpoint
+    | DropCheckpoint
+    | SendBlock
+    | SendState
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from paramserver.coordinator.checkpoints.resume import ResumedFrom
 from paramserver.coordinator.effects import Effect, LeaseResult, SaveDone
 from paramserver.coordinator.sessions import Session
 from paramserver.job import Job, lease_examples_of
@@ -30,6 +31,7 @@ class Leasing:
         effects, count: shared with the core: facts to store; a peer's inconsistent message, by name.
         progress: what `progress` of an earlier coordinator's Leasing returned; empty for a new job.
         results: the leases that it had recorded as done.
+        resumed: what a run that goes on from a checkpoint begins with.
     """
 
     def __init__(
@@ -40,20 +42,26 @@ class Leasing:
         count: Callable[[str], None],
         progress: Mapping[str, Any],
         results: Iterable[LeaseResult],
+        resumed: ResumedFrom | None = None,
     ) -> None:
         results = list(results)
-        state = progress.get("leases")
+        stored = progress.get("leases")
+        state = msgspec.convert(stored, LeaseState) if stored else None
+        done = [result.done.number for result in results]
         self._job_id = job_id
         self._effects = effects
         self._count = count
         self._wanted_steps = job.stop.steps
         self._lease_examples = lease_examples_of(job)
+        if resumed is not None:
+            state = state or resumed.leases.state()
+            done += resumed.leases.done(job.stop.epochs * -(-resumed.examples["train"] // self._lease_examples))
         self.book = LeaseBook(
             batch=self._lease_examples,
             epochs=job.stop.epochs,
             seed=job.seed,
-            state=msgspec.convert(state, LeaseState) if state else None,
-            done=[result.done.number for result in results],
+            state=state,
+            done=done,
             sources=("weights",) if job.pull.is_fresh else ("weights", "replica"),
         )
         self.sums: dict[str, dict[str, float]] = {}
@@ -63,6 +71,9 @@ class Leasing:
         self.warnings: list[str] = list(progress.get("warnings", []))
         self._speeds: dict[str, Speed] = {}
         self._finished: dict[str, int] = {}  # leases done by worker since its speed was looked at
+        if resumed is not None:
+            self.sums = {split: dict(sums) for split, sums in resumed.sums.items()}
+            self.metric_sums = {split: dict(sums) for split, sums in resumed.metric_sums.items()}
         for result in results:
             self._add(result)
         self._saved = self.book.state

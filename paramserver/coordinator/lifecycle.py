@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from paramserver.coordinator.checkpoints.of_job import JobCheckpoints
 from paramserver.coordinator.effects import (
     Effect,
     Happened,
@@ -112,7 +113,11 @@ class JobRun:
 
     def _restore(self, documents: Mapping[str, Mapping[str, Any]], results: list[LeaseResult]) -> None:
         progress, placed = documents.get("progress", {}), documents.get("placed")
-        self.leasing = Leasing(self.record.id, self.job, self._effects, self._count, progress, results)
+        self.checkpoints = JobCheckpoints(
+            self.record.id, self.job, self._effects, self._count, documents.get("resume"), progress
+        )
+        resumed = self.checkpoints.resume.source if self.checkpoints.resume else None
+        self.leasing = Leasing(self.record.id, self.job, self._effects, self._count, progress, results, resumed)
         self.book = self.leasing.book
         self.seconds = dict(progress.get("seconds", {}))
         self.workers_lost = list(progress.get("workers_lost", []))
@@ -124,6 +129,8 @@ class JobRun:
             layout = msgspec.convert(placed["layout"], Layout)
             self._set_layout(layout, dict(placed["examples"]))
             self.failover.begin(msgspec.convert({"parts": placed["parts"]}, Placement), layout)
+        elif resumed is not None:
+            self._set_layout(resumed.layout, dict(resumed.examples))
 
     def save_progress(self, now: float) -> None:
         body = {
@@ -135,6 +142,7 @@ class JobRun:
             "events_forgotten": self.events.forgotten,
             "counts": self.telemetry.progress(),
             "is_exported": self.export.is_complete,
+            **self.checkpoints.progress(),
         }
         self._effects.append(SaveDocument(self.record.id, "progress", body))
 
@@ -146,7 +154,7 @@ class JobRun:
 
     def save_leases_if_changed(self, now: float) -> None:
         """Call before any order is sent: a lease number must be known to a successor before it leaves."""
-        if self.leasing.has_changed:
+        if self.leasing.has_changed or self.checkpoints.cuts.has_changed:
             self.save_progress(now)
 
     # -------------------------------------------------------------------------------- states
@@ -204,6 +212,8 @@ class JobRun:
                         self.enter("exporting", now)
                 case "exporting":
                     self._advance_exporting(shards, now)
+        if self.state not in FINAL_STATES:
+            self.checkpoints.advance(self, workers, now)
 
     def _advance_initialising(self, shards: list[Session], now: float) -> None:
         if self.layout is not None and self.failover.placement is None:
@@ -261,7 +271,8 @@ class JobRun:
 
     def steps(self) -> int:
         """Of all workers together; what a dead one did not report is missing."""
-        return max(self.telemetry.steps, int(self.leasing.sums.get("train", {}).get("steps", 0)))
+        here = self.checkpoints.steps_before + self.telemetry.steps
+        return max(here, int(self.leasing.sums.get("train", {}).get("steps", 0)))
 
     def waits_for(self, shards: list[Session], workers: list[Session]) -> str:
         """What the job cannot go on without, in words; empty when nothing is missing."""
@@ -335,6 +346,7 @@ class JobRun:
     def worker_lost(self, session: Session, now: float) -> None:
         if self.book.release(session.name) or self._own_report(session) is not None:
             self.workers_lost.append(session.name)
+        self.checkpoints.worker_lost(self._own_report(session))
         self.leasing.forget_worker(session.name)
         self.save_progress(now)
 
@@ -392,14 +404,16 @@ class JobRun:
 
     def members(self, workers: list[Session]) -> tuple[Member, ...]:
         """The workers that count for consistency: those that hold training leases now."""
-        if self.state != "training":
+        # Who stops for a checkpoint pushes nothing until the others have stopped: nobody may wait for anybody then.
+        if self.state != "training" or self.checkpoints.cuts.for_workers:
             return ()
         holders = self.book.holders("train")
         return tuple(Member(worker.name, worker.incarnation) for worker in workers if worker.name in holders)
 
     def shard_stamp(self, session: Session, workers: list[Session]) -> Stamp:
         """What the shard's order depends on."""
-        return self._orders.stamp(session, self.members(workers), workers)
+        resumes = self.checkpoints.resume is not None and self.state == "initialising"
+        return self._orders.stamp(session, self.members(workers), workers, self.checkpoints.cuts.for_parts, resumes)
 
     def shard_order(self, session: Session, workers: list[Session]) -> ShardOrder | None:
         return self._orders.order(session, self.shard_stamp(session, workers))
@@ -463,6 +477,8 @@ class JobRun:
             placement=self.addresses() if is_placed else (),
             grants=tuple(lease for _, lease in worker.pending.values() if kind == lease.kind),
             hold=hold,
+            checkpoint=self.checkpoints.cuts.for_workers,
+            resumes=self.checkpoints.offers(worker),
         )
 
     # -------------------------------------------------------------------------------- export

@@ -8,7 +8,8 @@ from paramserver.coordinator.sessions import Session
 from paramserver.protocol.layout import Layout
 from paramserver.protocol.messages import Member, PartAddress, Partner, PartOrder, ShardOrder, WorkerKey
 
-Stamp = tuple[int, int, tuple[Member, ...], tuple[WorkerKey, ...]]  # incarnation, revision of the placement, workers
+# Incarnation, revision of the placement, members, keys; the checkpoint to copy for, whether blocks come from one.
+Stamp = tuple[int, int, tuple[Member, ...], tuple[WorkerKey, ...], int, bool]
 
 
 class ShardOrders:
@@ -20,10 +21,17 @@ class ShardOrders:
         self._failover = failover
         self._made: dict[str, tuple[Stamp, ShardOrder | None]] = {}
 
-    def stamp(self, session: Session, members: tuple[Member, ...], workers: list[Session]) -> Stamp:
+    def stamp(
+        self,
+        session: Session,
+        members: tuple[Member, ...],
+        workers: list[Session],
+        checkpoint: int = 0,
+        resumes: bool = False,
+    ) -> Stamp:
         """What the order depends on: as long as this is the same, so is the order."""
         keys = tuple(WorkerKey(worker.name, worker.incarnation, worker.key) for worker in workers if worker.key)
-        return session.incarnation, self._failover.revision, members, keys
+        return session.incarnation, self._failover.revision, members, keys, checkpoint, resumes
 
     def order(self, session: Session, stamp: Stamp) -> ShardOrder | None:
         """None for a process that holds no part."""
@@ -39,7 +47,7 @@ class ShardOrders:
         assert role is not None
         is_primary = role == "primary"
         other = part.backup if is_primary else part.primary
-        _, _, members, keys = stamp
+        _, _, members, keys, checkpoint, resumes = stamp
         return PartOrder(
             part=part.name,
             job=self._job,
@@ -52,6 +60,8 @@ class ShardOrders:
             workers=keys if is_primary else (),
             role=role,
             partner=None if other is None else _partner(other, part),
+            checkpoint=checkpoint if is_primary else 0,
+            resumes=resumes and is_primary,
         )
 
 

@@ -61,6 +61,8 @@ def job_figures(run: JobRun, waiting: str, now: float) -> dict[str, Any]:
         "events": run.events.rows(),
         "events_forgotten": run.events.forgotten,
         "failover_seconds": list(run.failover.seconds),
+        "checkpoint": run.checkpoints.cuts.figures(),
+        **run.checkpoints.residual_figures(run.state),
         "parts": _parts(run, now),
         "shards": telemetry.by_process(),
         "workers": telemetry.by_worker(),
@@ -131,6 +133,9 @@ def job_result(run: JobRun, coordinator_refusals: dict[str, int], now: float) ->
         "events": run.events.rows(),
         "events_forgotten": run.events.forgotten,
         "failover_seconds": list(run.failover.seconds),
+        "checkpoints": list(run.checkpoints.cuts.taken),
+        "checkpoints_given_up": run.checkpoints.cuts.given_up,
+        **run.checkpoints.residual_figures(run.state),
         "warnings": [*run.record.warnings, *run.leasing.warnings],
     }
     return cast(dict[str, Any], plain(figures))
@@ -166,6 +171,11 @@ def empty_result(record: JobRecord) -> dict[str, Any]:
         "events": [],
         "events_forgotten": 0,
         "failover_seconds": [],
+        "checkpoints": [],
+        "checkpoints_given_up": 0,
+        "resumed_from": None,
+        "residuals_lost": 0,
+        "residuals_lost_norm": 0.0,
         "warnings": list(record.warnings),
     }
 
@@ -193,7 +203,7 @@ def _job_of(report: ShardReport | WorkerReport | None) -> str:
 
 def _examples(run: JobRun) -> float:
     """Training examples that were worked on, parts of leases and repeated ones included."""
-    finished = run.telemetry.finished_examples
+    finished = run.checkpoints.examples_before + run.telemetry.finished_examples
     recorded = run.leasing.sums.get("train", {}).get("examples", 0)
     return round(max(finished, recorded), 3)
 

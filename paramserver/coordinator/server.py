@@ -15,22 +15,31 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
 
+from paramserver.coordinator.checkpoints.keeper import CheckpointKeeper
+from paramserver.coordinator.checkpoints.manifest import CheckpointError
+from paramserver.coordinator.checkpoints.reading import Checkpoint, find_checkpoint
+from paramserver.coordinator.checkpoints.resume import resumed_from, to_document
 from paramserver.coordinator.core import CoordinatorCore, EndedJobError, UnknownJobError
 from paramserver.coordinator.effects import (
     AppendMetrics,
+    DropCheckpoint,
     Effect,
     Happened,
     SaveJob,
+    SealCheckpoint,
     SealModel,
     Send,
+    SendBlock,
+    SendState,
     StorePart,
+    StorePiece,
     WriteResult,
 )
 from paramserver.coordinator.runs import RunFolder
 from paramserver.coordinator.sessions import SESSION_SECONDS
 from paramserver.coordinator.store import Store
 from paramserver.coordinator.submission import check_submission
-from paramserver.job import Job
+from paramserver.job import Job, JobError
 from paramserver.process import StopRequest, log
 from paramserver.protocol.messages import Refusal, Tick
 from paramserver.protocol.patience import HOSTILE, IGNORE_SECONDS, Patience
@@ -111,11 +120,16 @@ class CoordinatorServer:
         self._commands: queue.SimpleQueue[tuple[Callable[[], None], Callable[[], bool]]] = queue.SimpleQueue()
         self._is_closed = False
         self._patience = Patience()
+        self._keeper = CheckpointKeeper(runs.root, store.document, self._checkpoint_over)
         self.commands = ServerCommands(self, list(data_roots))
 
     @property
     def address(self) -> str:
         return self._listener.address
+
+    @property
+    def runs_root(self) -> Path:
+        return self._runs.root
 
     def run(self, stop: StopRequest) -> None:
         """Serve until `stop` is set. Unexpected exceptions leave here: the process ends with them."""
@@ -141,6 +155,7 @@ class CoordinatorServer:
                     self._carry_out(self.core.tick(now))
             self._carry_out(self.core.part_with_members())
         finally:
+            self._keeper.close()
             self._close_commands()
             self._listener.close()
             self._doorbell.listener.close()
@@ -179,6 +194,15 @@ class CoordinatorServer:
         if self._patience.wears_out(self._listener.key_of(peer).encode() or peer, self._clock()):
             log("peer-ignored", level="warning", seconds=IGNORE_SECONDS, key=self._listener.key_of(peer) or "none")
 
+    def _checkpoint_over(self, job_id: str, number: int, failure: str) -> None:
+        """From any thread: the files of a checkpoint are durable, or why not."""
+
+        def run() -> None:
+            self._carry_out(self.core.checkpoint_over(job_id, number, failure, self._clock()))
+
+        self._commands.put((run, lambda: True))
+        self._doorbell.ring()
+
     def _run_commands(self) -> None:
         while True:
             try:
@@ -213,6 +237,9 @@ class CoordinatorServer:
         for effect in facts:
             if isinstance(effect, Send):
                 self._listener.send(effect.peer, effect.message)
+            elif isinstance(effect, SendBlock | SendState):
+                if (unreadable := self._keeper.send(effect, self._listener)) is not None:
+                    self._carry_out(self.core.storage_failed(effect.job, unreadable, self._clock()))
             elif isinstance(effect, SaveJob):
                 log("job", id=effect.record.id, state=effect.record.state, reason=effect.record.reason)
             elif isinstance(effect, Happened):
@@ -230,6 +257,8 @@ class CoordinatorServer:
                     self._runs.seal_model(effect.job)
                 case WriteResult():
                     self._runs.write_result(effect.job, effect.result)
+                case StorePiece() | SealCheckpoint() | DropCheckpoint():
+                    self._keeper.touch(effect)
         except OSError as error:
             assert isinstance(effect, AppendMetrics | StorePart | SealModel | WriteResult)
             text = f"cannot write to {self._runs.root / effect.job}: {error}; make room or mend its permissions"
@@ -267,15 +296,23 @@ class CoordinatorServer:
             future.cancel()
             raise BusyError("the coordinator is stopping, or overloaded: try again") from None
 
-    def submit(self, job: Job) -> tuple[str, list[str]]:
-        """In the loop's thread: queue a checked job. Returns its id and warnings."""
+    def submit(
+        self, job: Job, checkpoint: Checkpoint | None = None, notes: Sequence[str] = ()
+    ) -> tuple[str, list[str]]:
+        """In the loop's thread: queue a checked job, which goes on from a checkpoint. Returns its id and warnings."""
         specification = job.json_text()
-        warnings = [*job.warnings(), *filter(None, [self.core.shortage(job.cluster)])]
+        warnings = [*job.warnings(), *notes, *filter(None, [self.core.shortage(job.cluster)])]
+        resume = None if checkpoint is None else to_document(resumed_from(checkpoint))
         job_id = self.core.unused_id(job.name, self._runs.is_taken)
         self._runs.open(job_id, specification)
         submitted = datetime.now(UTC).isoformat(timespec="seconds")
-        self._carry_out(self.core.submit(job_id, specification, warnings, submitted, self._clock()))
+        self._carry_out(self.core.submit(job_id, specification, warnings, submitted, self._clock(), resume))
         return job_id, warnings
+
+    def checkpoint(self, job_id: str) -> int:
+        number, effects = self.core.checkpoint(job_id, self._clock())
+        self._carry_out(effects)
+        return number
 
     def cancel(self, job_id: str) -> None:
         self._carry_out(self.core.cancel(job_id, self._clock()))
@@ -303,10 +340,23 @@ class ServerCommands:
         self._data_roots = data_roots
         self._snapshot: tuple[float, dict[str, Any]] | None = None
 
-    def submit(self, text: str) -> tuple[str, list[str]]:
-        """Check and queue a job given as YAML or JSON. Returns its id and warnings. Raises JobError."""
+    def submit(self, text: str, resume: str | None = None) -> tuple[str, list[str]]:
+        """Check and queue a job given as YAML or JSON. Returns its id and warnings. Raises JobError.
+
+        `resume`: go on from a checkpoint, as `find_checkpoint` finds it: "" is the newest.
+        """
         job = check_submission(text, self._data_roots)
-        return self._server.call(lambda: self._server.submit(job))
+        if resume is None:
+            return self._server.call(lambda: self._server.submit(job))
+        try:
+            checkpoint, notes = find_checkpoint(self._server.runs_root, job, resume)
+        except CheckpointError as error:
+            raise JobError(f"{job.name}: cannot be resumed: {error}") from None
+        return self._server.call(lambda: self._server.submit(job, checkpoint, notes))
+
+    def checkpoint(self, job_id: str) -> int:
+        """Ask for a checkpoint of a job that trains. Returns its number. Raises UnknownJobError, EndedJobError."""
+        return self._server.call(lambda: self._server.checkpoint(job_id))
 
     def cancel(self, job_id: str) -> None:
         """Raises UnknownJobError, EndedJobError."""

@@ -161,6 +161,11 @@ class Store:
                     ),
                 )
 
+    def document(self, job: str, kind: str) -> dict[str, Any] | None:
+        """One of a job's documents, None where it has none."""
+        row = self._connection.execute("SELECT body FROM documents WHERE job = ? AND kind = ?", (job, kind)).fetchone()
+        return None if row is None else msgspec.json.decode(row[0])
+
     def load(self) -> Stored:
         """Everything that a coordinator goes on with."""
         execute = self._connection.execute

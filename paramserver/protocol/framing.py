@@ -19,8 +19,11 @@ import msgspec
 from paramserver.protocol.messages import (
     MESSAGE_TYPES,
     AnyMessage,
+    CheckpointPiece,
     ExportPart,
     Initialise,
+    KeptBlock,
+    KeptState,
     Message,
     Pull,
     Pulled,
@@ -56,7 +59,8 @@ _FRAMES: dict[type[Message], Callable[[Any], int]] = {kind: lambda message: 0 fo
 _FRAMES[Push] = lambda message: len(message.updates)
 _FRAMES[Initialise] = lambda message: len(message.blocks)
 _FRAMES[Pulled] = _FRAMES[Pushed] = lambda message: sum([value.frames for value in message.values])
-_FRAMES[ExportPart] = _FRAMES[Replicate] = lambda message: 1
+_FRAMES[ExportPart] = _FRAMES[Replicate] = _FRAMES[CheckpointPiece] = _FRAMES[KeptState] = lambda message: 1
+_FRAMES[KeptBlock] = lambda message: len(message.arrays)
 
 _WANTING = Push, Pull
 

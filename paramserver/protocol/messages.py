@@ -368,6 +368,8 @@ class PartOrder(Struct, frozen=True, array_like=True):
     workers: tuple[WorkerKey, ...] = ()  # all live ones; empty where the cluster uses no keys
     role: Literal["primary", "backup"] = "primary"
     partner: Partner | None = None
+    checkpoint: Count = 0  # copy the state as it is now, and send it: see CheckpointPiece; 0: there is none to take
+    resumes: bool = False  # blocks without a value get theirs from the coordinator: see TakeBlock
 
 
 class ShardOrder(Struct, frozen=True, array_like=True, tag="shard-order"):
@@ -390,6 +392,8 @@ class WorkerOrder(Struct, frozen=True, array_like=True, tag="worker-order"):
     placement: tuple[PartAddress, ...] = ()
     grants: tuple[Lease, ...] = ()
     hold: Count = 2**31
+    checkpoint: Count = 0  # stop at the next boundary, copy the own state, and wait until this is 0 again
+    resumes: bool = False  # a predecessor's state is kept for this worker: see TakeState
 
 
 class StalenessRow(Struct, frozen=True, array_like=True):
@@ -453,6 +457,7 @@ class PartReport(Struct, frozen=True, array_like=True):
     partner_incarnation: Count = 0  # ... its incarnation, and the number of the partnership
     partner_number: Count = 0
     waiting_for: Text = ""  # why a primary acknowledges nothing now, where that is not its own disk
+    checkpoint: Count = 0  # the last one of which the state is copied
 
 
 class ShardReport(Struct, frozen=True, array_like=True, tag="shard-report"):
@@ -501,6 +506,8 @@ class WorkerReport(Struct, frozen=True, array_like=True, tag="worker-report"):
     """
 
     metrics: dict[str, float] = {}  # of the last steps, means over elements (moving averages)
+    checkpoint: Count = 0  # the one for which it waits now, with nothing on its way
+    checkpoint_bytes: Count = 0  # of the own state that it sends for it; 0: it has none
 
 
 class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
@@ -545,6 +552,71 @@ class ExportStored(Message, frozen=True, kw_only=True, tag="export-stored"):
     stored: Count
 
 
+class CheckpointPiece(Message, frozen=True, kw_only=True, tag="checkpoint-piece"):
+    """A piece of what a process keeps in a checkpoint; frames: one, its bytes.
+
+    A shard sends the file of each of its parts; a worker its own, `part` empty. The next piece follows when the one
+    before is stored; one without an answer is sent again.
+    """
+
+    name: Name
+    incarnation: Count
+    job: Name
+    checkpoint: Count
+    part: Annotated[str, Meta(max_length=128)]
+    offset: Count
+    total: Count
+
+
+class CheckpointStored(Message, frozen=True, kw_only=True, tag="checkpoint-stored"):
+    """So many bytes of the file are stored, from the start on."""
+
+    job: Name
+    checkpoint: Count
+    part: Annotated[str, Meta(max_length=128)]
+    stored: Count
+
+
+class TakeBlock(Message, frozen=True, kw_only=True, tag="take-block"):
+    """A shard asks for what the checkpoint that its job goes on from holds of a block."""
+
+    name: Name
+    incarnation: Count
+    job: Name
+    part: Name
+    block: Count
+
+
+class KeptBlock(Message, frozen=True, kw_only=True, tag="kept-block"):
+    """A block of a checkpoint; frames: one for each name in `arrays`. `state` is what the shard's room says of it, in
+    JSON (see shard/checkpoint.py)."""
+
+    job: Name
+    part: Name
+    block: Count
+    state: str
+    arrays: tuple[Name, ...]
+
+
+class TakeState(Message, frozen=True, kw_only=True, tag="take-state"):
+    """A worker asks for its predecessor's own state, from `offset` on."""
+
+    name: Name
+    incarnation: Count
+    job: Name
+    offset: Count
+
+
+class KeptState(Message, frozen=True, kw_only=True, tag="kept-state"):
+    """A piece of a predecessor's file; frames: one, its bytes. `adopted` are the blocks whose residual may be added to
+    the next update: those that have taken no update of that name since."""
+
+    job: Name
+    offset: Count
+    total: Count
+    adopted: tuple[Count, ...]
+
+
 AnyMessage = (
     Hello
     | Welcome
@@ -565,6 +637,12 @@ AnyMessage = (
     | Orders
     | ExportPart
     | ExportStored
+    | CheckpointPiece
+    | CheckpointStored
+    | TakeBlock
+    | KeptBlock
+    | TakeState
+    | KeptState
 )
 
 MESSAGE_TYPES: tuple[type[Message], ...] = get_args(AnyMessage)

@@ -11,9 +11,10 @@ millions of examples and many epochs cost memory for neither.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ Outcome = Literal["done", "duplicate", "late", "unknown"]
 UNIT_BITS = 40
 MAX_UNITS = 2**UNIT_BITS
 _UNIT_MASK = MAX_UNITS - 1
+_FIRST_TRAINED = 2  # unit
 EVALUATED_SPLITS = ("valid", "test")
 
 
@@ -48,6 +50,33 @@ class LeaseState:
     cursors: tuple[tuple[str, int], ...] = ()
     handed_back: tuple[int, ...] = ()  # units that are free again and were never begun
     examples_repeated: int = 0
+
+
+@dataclass(frozen=True)
+class LeaseCut:
+    """How far training has come, for a run that goes on from here: units as LeaseBook numbers them.
+
+    `begun` are those that somebody has started on and that are not done: granted again they repeat examples.
+    """
+
+    cursor: int  # all units from here on were never granted
+    done_below: int  # all units below it are done
+    done_above: tuple[int, ...] = ()
+    begun: tuple[int, ...] = ()
+    examples_repeated: int = 0
+
+    def state(self) -> LeaseState:
+        """What a new book begins with, beside `done`."""
+        done, begun = set(self.done_above), set(self.begun)
+        fresh = tuple(unit for unit in range(self.done_below, self.cursor) if unit not in done and unit not in begun)
+        return LeaseState(0, (("initialise", 1), ("train", self.cursor)), fresh, self.examples_repeated)
+
+    def done(self, trained: int) -> Iterator[int]:
+        """The units that are done: the initial one, and of training those of the first `trained`."""
+        yield 0
+        for unit in chain(range(_FIRST_TRAINED, self.done_below), self.done_above):
+            if unit < _FIRST_TRAINED + trained:
+                yield unit
 
 
 @dataclass
@@ -152,8 +181,9 @@ class LeaseBook:
                 "lower stop.epochs or raise data.batch"
             )
         self._examples, self._batches = dict(examples), batches
-        self._add_pool("train", 2, 2 + trained)
-        self._add_pool("evaluate", 2 + trained, 2 + trained + evaluated)
+        first_evaluated = _FIRST_TRAINED + trained
+        self._add_pool("train", _FIRST_TRAINED, first_evaluated)
+        self._add_pool("evaluate", first_evaluated, first_evaluated + evaluated)
 
     def _add_pool(self, kind: Kind, start: int, stop: int) -> None:
         pool = self._pools[kind] = _Pool.over(start, stop)
@@ -179,6 +209,13 @@ class LeaseBook:
             )
         )
         return LeaseState(self._generation, cursors, handed_back, self.examples_repeated)
+
+    def cut(self) -> LeaseCut:
+        """How far training has come. Raises KeyError before `declare`."""
+        pool = self._pools["train"]
+        begun = (pool.begun & pool.held.keys()) | {unit for unit in pool.lost if not pool.is_done(unit)}
+        above = tuple(sorted(pool.done_above))
+        return LeaseCut(pool.cursor, pool.done_below, above, tuple(sorted(begun)), self.examples_repeated)
 
     def limit_training(self, leases: int) -> None:
         """End training after so many leases, or after those granted already where they are more."""

@@ -67,6 +67,11 @@ class Policy(ABC):
         """Become what was kept; arrays are copied."""
         self.members = frozenset(state.members)
 
+    def restore_round(  # noqa: B027  (most modes hold nothing back)
+        self, kept: RoundState, arrays: Arrays, blocks: Mapping[int, HeldBlock]
+    ) -> None:
+        """Hold a block's open round as it was kept; arrays are copied."""
+
     @property
     def pending_updates(self) -> int:
         """Updates that are acknowledged and not yet in the weights."""
@@ -218,12 +223,15 @@ class SyncPolicy(Policy):
         super().restore(state, arrays, blocks)
         self._quorum, self._is_draining = state.quorum, state.is_draining
         for kept in state.rounds:
-            block = blocks[kept.block]
-            held = _Round(block.elements)
-            held.total[:] = arrays[f"{kept.block}.round"]
-            held.contributors = set(kept.contributors)
-            held.updates, held.staleness = kept.updates, kept.staleness
-            self._rounds[kept.block] = block, held
+            self.restore_round(kept, arrays, blocks)
+
+    def restore_round(self, kept: RoundState, arrays: Arrays, blocks: Mapping[int, HeldBlock]) -> None:
+        block = blocks[kept.block]
+        held = _Round(block.elements)
+        held.total[:] = arrays[f"{kept.block}.round"]
+        held.contributors = set(kept.contributors)
+        held.updates, held.staleness = kept.updates, kept.staleness
+        self._rounds[kept.block] = block, held
 
     @property
     def publish_period(self) -> int | None:

@@ -8,12 +8,14 @@ awaited at once, and nothing else is: the loop goes on meanwhile. While the disk
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence
 
 from paramserver.process import log
 from paramserver.protocol.backlog import UNREAD_BYTES
-from paramserver.protocol.messages import PartOrder, PartReport
+from paramserver.protocol.messages import CheckpointStored, KeptBlock, PartOrder, PartReport
 from paramserver.protocol.transport import Channel, Malformed, Peer, Received
 from paramserver.shard.core import Reply, ShardCore
+from paramserver.shard.duties import CheckpointDuty, Errand
 from paramserver.shard.journal.keeper import ShardJournal
 from paramserver.shard.journal.layout import JournalError
 from paramserver.shard.preparation import Preparation
@@ -53,6 +55,7 @@ class Part:
         self._bytes_in = 0
         self._bytes_out = 0
         self._told = core.serving  # what the log and the counters are about
+        self._checkpoint = CheckpointDuty(core.name)
 
     @property
     def name(self) -> str:
@@ -289,6 +292,7 @@ class Part:
 
     def _become(self, order: PartOrder | None) -> None:
         self._reply(self.core.take_order(order))
+        self._checkpoint.follow(self.core.serving)
         if self.core.serving is not self._told:
             self._told = self.core.serving
             self._bytes_in = self._bytes_out = 0
@@ -297,6 +301,16 @@ class Part:
             else:
                 order = self._told.order
                 log("job-taken", job=order.job, part=self.name, term=order.term, blocks=len(order.blocks))
+
+    # ------------------------------------------------------------------------ checkpoints
+
+    def errands(self, shard: str, incarnation: int, now: float) -> list[Errand]:
+        """What is due on the control channel: pieces of a checkpoint, and questions for blocks of one."""
+        return self._checkpoint.due(self.core.serving, shard, incarnation, now)
+
+    def hear(self, message: CheckpointStored | KeptBlock, frames: Sequence[memoryview]) -> bool:
+        """The coordinator's answer. Returns whether it should hear of what came of it at once."""
+        return self._checkpoint.hear(self.core.serving, message, frames)
 
     # ----------------------------------------------------------------------------- report
 
@@ -340,4 +354,6 @@ class Part:
             partner_incarnation=0 if stream is None else stream.partner.incarnation,
             partner_number=0 if stream is None else stream.partner.number,
             waiting_for="" if stream is None else stream.waiting_for(self._around.clock())[:MOST_TEXT],
+            checkpoint=self._checkpoint.number,
+            failed=self._checkpoint.failure[:MOST_TEXT],
         )

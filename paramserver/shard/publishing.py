@@ -388,7 +388,8 @@ class PublishedDeltas(Publishing):
         for replica in state.replicas:
             self.begin(blocks[replica.block])
             self._replicas[replica.block].restore(replica, arrays)
-        self._steps = StepPolicy(state={index: Moved(elements, squares) for index, elements, squares in state.steps})
+        moved = {index: Moved(elements, squares) for index, elements, squares in state.steps}
+        self._steps = StepPolicy(state={**self._steps.state(), **moved})
 
     def _is_due(self, replica: PublishedBlock) -> bool:
         """Whether a block waits for the timer. Equal changes below half a step would never come without the last."""

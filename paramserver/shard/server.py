@@ -15,7 +15,9 @@ from paramserver.process import StopRequest, log
 from paramserver.protocol.backlog import UNREAD_BYTES
 from paramserver.protocol.membership import Membership
 from paramserver.protocol.messages import (
+    CheckpointStored,
     Hello,
+    KeptBlock,
     Orders,
     PartOrder,
     Refusal,
@@ -269,12 +271,26 @@ class ShardServer:
             self._membership.must_reset = False
         if message is not None:
             self._control.send(message)
+        if self._membership.is_registered:
+            self._run_errands()
+
+    def _run_errands(self) -> None:
+        """Send what parts have for the coordinator beside their report."""
+        name, incarnation = self._membership.introduction.name, self._membership.incarnation
+        for part in self._parts.values():
+            for message, frames in part.errands(name, incarnation, self._clock()):
+                self._control.send(message, frames)
 
     def _obey(self) -> None:
         while (received := self._control.receive(0)) is not None:
             if isinstance(received, Malformed):
                 self.refusals["malformed"] += 1
                 continue
+            answer = received.message
+            if isinstance(answer, CheckpointStored | KeptBlock):
+                part = self._parts.get(answer.part)
+                if part is not None and part.hear(answer, received.frames):
+                    self._membership.beat_soon()
             orders = self._membership.hear(received.message, self._clock())
             if orders is not None:
                 self._take(orders)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from paramserver.protocol.messages import StalenessRow, TrafficRow
 from paramserver.shard.journal.states import TelemetryState
-from paramserver.shard.staleness import StalenessHistogram
+from paramserver.shard.staleness import StalenessHistogram, add_counts
 
 MOST_ROWS = 16_384  # of staleness, so that a heartbeat stays a message; what comes later counts for OTHERS
 OTHERS = "(others)"
@@ -80,15 +80,25 @@ class Telemetry:
         )
 
     def restore(self, state: TelemetryState) -> None:
-        self.pushes, self.pulls = state.pushes, state.pulls
-        self.updates, self.duplicates = state.updates, state.duplicates
+        """Go on from what was kept; nothing was counted yet."""
+        self.add(state)
+
+    def add(self, state: TelemetryState) -> None:
+        """Count what was counted elsewhere, too."""
+        self.pushes += state.pushes
+        self.pulls += state.pulls
+        self.updates += state.updates
+        self.duplicates += state.duplicates
         for row in state.traffic:
-            self._traffic[row.way, row.group, row.encoding] = Traffic(
-                row.payload_bytes, row.elements, row.snapshots, row.snapshot_bytes
-            )
+            traffic = self._of(row.way, row.group, row.encoding)
+            traffic.payload_bytes += row.payload_bytes
+            traffic.elements += row.elements
+            traffic.snapshots += row.snapshots
+            traffic.snapshot_bytes += row.snapshot_bytes
         for counted in state.staleness:
-            histogram = self._staleness[counted.worker, counted.group] = StalenessHistogram()
-            histogram.counts, histogram.total = list(counted.counts), counted.total
+            histogram = self._staleness.setdefault((counted.worker, counted.group), StalenessHistogram())
+            histogram.counts = add_counts([histogram.counts, counted.counts])
+            histogram.total += counted.total
 
     def traffic_rows(self) -> tuple[TrafficRow, ...]:
         return tuple(

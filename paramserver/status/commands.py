@@ -12,8 +12,15 @@ class Commands(Protocol):
     All raise BusyError where the coordinator does not answer. What is returned is never changed afterwards.
     """
 
-    def submit(self, text: str) -> tuple[str, list[str]]:
-        """Queue a job given as YAML or JSON. Returns its id and warnings. Raises JobError."""
+    def submit(self, text: str, resume: str | None = None) -> tuple[str, list[str]]:
+        """Queue a job given as YAML or JSON. Returns its id and warnings. Raises JobError.
+
+        `resume`: go on from a checkpoint: "" the newest of the job's name, "RUN" or "RUN/N".
+        """
+        ...
+
+    def checkpoint(self, job_id: str) -> int:
+        """Ask for a checkpoint. Returns its number. Raises UnknownJobError, EndedJobError: the job does not train."""
         ...
 
     def cancel(self, job_id: str) -> None:

@@ -63,7 +63,8 @@ def make_app(commands: Commands) -> FastAPI:
             text = body.decode("utf-8")
         except UnicodeDecodeError as error:
             return _error(422, f"submitted job: not UTF-8 text: {error}")
-        job_id, warnings = await run_in_threadpool(commands.submit, text)
+        resume = request.query_params.get("resume")
+        job_id, warnings = await run_in_threadpool(commands.submit, text, resume)
         return JSONResponse({"id": job_id, "warnings": warnings}, status_code=201)
 
     @app.post("/api/shutdown")
@@ -78,6 +79,10 @@ def make_app(commands: Commands) -> FastAPI:
     def cancel(job_id: str) -> dict[str, str]:
         commands.cancel(job_id)
         return {"id": job_id, "state": "cancelled"}
+
+    @app.post("/api/jobs/{job_id}/checkpoint")
+    def checkpoint(job_id: str) -> JSONResponse:
+        return JSONResponse({"id": job_id, "checkpoint": commands.checkpoint(job_id)}, status_code=202)
 
     @app.get("/api/jobs/{job_id}/model")
     def model(job_id: str) -> FileResponse:

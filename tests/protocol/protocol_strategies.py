@@ -11,8 +11,11 @@ from msgspec import inspect
 from paramserver.protocol.messages import (
     MESSAGE_TYPES,
     BlockValue,
+    CheckpointPiece,
     ExportPart,
     Initialise,
+    KeptBlock,
+    KeptState,
     Message,
     Pulled,
     Push,
@@ -77,6 +80,8 @@ def frames_of(message: Message) -> int:
             return len(message.blocks)
         case Pulled() | Pushed():
             return sum(value.frames for value in message.values)
-        case ExportPart() | Replicate():
+        case ExportPart() | Replicate() | CheckpointPiece() | KeptState():
             return 1
+        case KeptBlock():
+            return len(message.arrays)
     return 0

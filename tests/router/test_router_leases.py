@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paramserver.router.horizon import Speed, fair_hold
-from paramserver.router.leases import LeaseBook, LeaseError
+from paramserver.router.leases import LeaseBook, LeaseCut, LeaseError
 
 
 def make_book(examples: int = 10, batch: int = 4, epochs: int = 1, seed: int = 0) -> LeaseBook:
@@ -250,3 +250,78 @@ def test_speed_is_measured_over_the_time_in_which_leases_were_held() -> None:
     before = speed.leases_a_second
     speed.observe(0, True, 500.0)
     assert speed.leases_a_second == before
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+
+EXAMPLES = {"train": 22, "valid": 5, "test": 3}
+
+
+def resumed(cut: LeaseCut, epochs: int = 2, batch: int = 4) -> LeaseBook:
+    trained = epochs * -(-EXAMPLES["train"] // batch)
+    book = LeaseBook(batch=batch, epochs=epochs, seed=1, state=cut.state(), done=cut.done(trained))
+    book.declare(EXAMPLES)
+    return book
+
+
+def drain(book: LeaseBook, worker: str = "w") -> list[tuple[int, int]]:
+    """Finish all that is left of training. Returns (epoch, example) in their order."""
+    seen = []
+    while leases := book.grant("train", worker, 3):
+        for lease in leases:
+            seen += [(lease.epoch, example) for example in lease.examples]
+            assert book.finish(worker, lease.number) == "done"
+    return seen
+
+
+@pytest.mark.parametrize("granted", range(13))
+def test_a_book_that_goes_on_from_a_cut_gives_every_example_that_was_not_done_once_and_in_order(granted: int) -> None:
+    book = LeaseBook(batch=4, epochs=2, seed=1)
+    book.declare(EXAMPLES)
+    before = []
+    leases = book.grant("train", "w", granted)
+    for lease in leases[: granted // 2]:
+        before += [(lease.epoch, example) for example in lease.examples]
+        book.finish("w", lease.number)
+    cut = book.cut()
+    assert cut.begun == ()
+    other = resumed(cut)
+    assert other.left("initialise") == 0
+    after = drain(other)
+    whole = LeaseBook(batch=4, epochs=2, seed=1)
+    whole.declare(EXAMPLES)
+    assert before + after == drain(whole)
+    assert other.examples_repeated == 0
+
+
+def test_what_was_begun_at_the_cut_is_repeated_and_counted_and_what_was_only_granted_is_not() -> None:
+    book = LeaseBook(batch=4, epochs=1, seed=1)
+    book.declare(EXAMPLES)
+    done, begun, lost, granted = book.grant("train", "w", 4)
+    book.finish("w", done.number)
+    book.begin("w", [begun.number, lost.number])
+    book.give_back("w", [lost.number])  # free again, but somebody has trained on it
+    cut = book.cut()
+    assert len(cut.begun) == 2
+    other = resumed(cut, epochs=1)
+    seen = drain(other)
+    expected = {(0, example) for example in range(EXAMPLES["train"])} - {(0, example) for example in done.examples}
+    assert sorted(seen) == sorted(expected)
+    assert other.examples_repeated == len(begun.examples) + len(lost.examples)
+    assert set(granted.examples) <= {example for _, example in seen}
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_a_run_that_goes_on_may_have_more_epochs_or_fewer(epochs: int) -> None:
+    book = LeaseBook(batch=4, epochs=2, seed=1)
+    book.declare(EXAMPLES)
+    batches = -(-EXAMPLES["train"] // 4)
+    for lease in book.grant("train", "w", batches + 2):
+        book.finish("w", lease.number)
+    other = resumed(book.cut(), epochs=epochs)
+    assert other.left("train") == max(0, (epochs - 1) * batches - 2)
+    drain(other)
+    evaluated = other.grant("evaluate", "w", 100)
+    assert {lease.split for lease in evaluated} == {"valid", "test"}
+    assert sum(len(lease.examples) for lease in evaluated) == EXAMPLES["valid"] + EXAMPLES["test"]

@@ -19,6 +19,7 @@ TOKEN = "an-honest-token-0123456789"
 CHANGES = [
     ("POST", "/api/jobs"),
     ("POST", "/api/shutdown"),
+    ("POST", "/api/jobs/x/checkpoint"),
     ("DELETE", "/api/jobs/x"),
     ("PUT", "/api/jobs"),
     ("PATCH", "/later"),
@@ -33,9 +34,13 @@ class OpenCommands:
         self.folder = folder
         self.reached: list[str] = []
 
-    def submit(self, text: str) -> tuple[str, list[str]]:
+    def submit(self, text: str, resume: str | None = None) -> tuple[str, list[str]]:
         self.reached.append("submit")
         return "job", []
+
+    def checkpoint(self, job_id: str) -> int:
+        self.reached.append("checkpoint")
+        return 1
 
     def cancel(self, job_id: str) -> None:
         self.reached.append("cancel")

@@ -21,15 +21,21 @@ class FakeCommands:
         self.error: Exception | None = None
         self.submitted: list[str] = []
         self.cancelled: list[str] = []
+        self.resumes: list[str | None] = []
 
     def _fail(self) -> None:
         if self.error is not None:
             raise self.error
 
-    def submit(self, text: str) -> tuple[str, list[str]]:
+    def submit(self, text: str, resume: str | None = None) -> tuple[str, list[str]]:
         self._fail()
         self.submitted.append(text)
+        self.resumes.append(resume)
         return "job-2", ["careful"]
+
+    def checkpoint(self, job_id: str) -> int:
+        self._fail()
+        return 3
 
     def cancel(self, job_id: str) -> None:
         self._fail()
@@ -78,6 +84,12 @@ def test_answers_are_json(client: httpx.Client, commands: FakeCommands) -> None:
     posted = client.post("/api/jobs", content="name: x")
     assert (posted.status_code, posted.json()) == (201, {"id": "job-2", "warnings": ["careful"]})
     assert commands.submitted == ["name: x"]
+    for query, resume in (("?resume=", ""), ("?resume=job/3", "job/3")):
+        assert client.post(f"/api/jobs{query}", content="name: x").status_code == 201
+        assert commands.resumes[-1] == resume
+    assert commands.resumes[0] is None
+    asked = client.post("/api/jobs/x/checkpoint")
+    assert (asked.status_code, asked.json()) == (202, {"id": "x", "checkpoint": 3})
     assert client.delete("/api/jobs/x").status_code == 200
     assert commands.cancelled == ["x"]
 
@@ -116,6 +128,7 @@ def test_errors_are_json_and_never_a_traceback(
         client.get("/api/jobs/x"),
         client.delete("/api/jobs/x"),
         client.get("/api/jobs/x/model"),
+        client.post("/api/jobs/x/checkpoint"),
     ):
         assert answer.status_code == code
         assert text in answer.json()["error"]

@@ -96,7 +96,16 @@ class Greeted(Record, frozen=True, tag=7):
     worker: str
 
 
-AnyRecord = TakenUp | Ordered | FirstValues | Pushed | Published | Ticked | Greeted
+class Restored(Record, frozen=True, tag=20):
+    """A block without a value goes on from a checkpoint; a frame an array, of `sizes` bytes."""
+
+    block: int
+    state: str
+    arrays: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+
+AnyRecord = TakenUp | Ordered | FirstValues | Pushed | Published | Ticked | Greeted | Restored
 
 
 class Journal(Protocol):

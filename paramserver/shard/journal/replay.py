@@ -9,6 +9,7 @@ from msgspec import structs
 
 from paramserver.encoding.base import Bytes
 from paramserver.protocol.messages import PartOrder
+from paramserver.shard.checkpoint import decode_block, restore_block
 from paramserver.shard.journal.layout import Entry, JournalError
 from paramserver.shard.journal.records import (
     FirstValues,
@@ -16,6 +17,7 @@ from paramserver.shard.journal.records import (
     Ordered,
     Published,
     Pushed,
+    Restored,
     TakenUp,
     Ticked,
 )
@@ -84,6 +86,9 @@ def _replay(serving: Serving, entry: Entry) -> None:
             serving.policy.tick(ticked.worker, ticked.step)
         case Greeted() as greeted:
             serving.policy.greeted(greeted.worker)
+        case Restored() as block:
+            frames = [frame.data for frame in _cut(entry.frames, block.sizes)]
+            restore_block(serving, *decode_block(block.state, block.arrays, frames))
         case TakenUp():
             raise _diverged(entry, "the job was taken up before")
 

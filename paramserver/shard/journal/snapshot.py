@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from typing import Any, cast
 
 import msgspec
@@ -16,7 +17,6 @@ import safetensors.numpy
 from msgspec import Struct
 from safetensors import SafetensorError
 
-from paramserver.protocol.transport import Buffer
 from paramserver.shard.journal.layout import JournalError
 from paramserver.shard.journal.states import FORMAT, Arrays, State
 from paramserver.shard.journal.storage import File, Folder
@@ -48,7 +48,7 @@ class SnapshotWriter:
         name = f"{_PREFIX}{number:016d}"
         file = self._folder.create(name + _ARRAYS + ASIDE)
         try:
-            file.write([_head(arrays), *(array.data.cast("B") for array in arrays.values() if array.size)])
+            file.write([file_head(arrays), *(array.data.cast("B") for array in arrays.values() if array.size)])
         except BaseException:
             file.close()
             raise
@@ -98,10 +98,10 @@ class Written:
         self.name, self.arrays, self.manifest = name, arrays, manifest
 
 
-def _head(arrays: Arrays) -> Buffer:
+def file_head(arrays: Arrays, metadata: Mapping[str, str] | None = None) -> bytes:
     """What begins a safetensors file of these arrays. Written by hand: the library wants all of them in one buffer
     or writes to a path of its own, and tells of no full disk."""
-    entries: dict[str, Any] = {}
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     at = 0
     for name, array in arrays.items():
         entries[name] = {
