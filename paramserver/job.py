@@ -105,11 +105,12 @@ class _Encoded(_Section):
     @field_validator("encoding", "layers")
     @classmethod
     def _known(cls, given: str | dict[str, str]) -> str | dict[str, str]:
+        known = [name for name in encoding_names() if name != cls._other_way_only]
         for name in [given] if isinstance(given, str) else given.values():
             if name == cls._other_way_only:
-                known = ", ".join(one for one in encoding_names() if one != name)
-                raise ValueError(f"encoding {name!r} is for the other way; here there are {known}")
-            _make(name, EncodingOptions())
+                raise ValueError(f"encoding {name!r} is for the other way; here there are {', '.join(known)}")
+            if name not in known:
+                raise ValueError(f"unknown encoding {name!r}{nearest(name, known)} (known: {', '.join(known)})")
         return given
 
     @model_validator(mode="after")
@@ -118,6 +119,10 @@ class _Encoded(_Section):
             _make(name, EncodingOptions(tile=self.tile))
         _make(self.encoding, self.options)
         return self
+
+
+# Settings of a push that one encoding alone obeys.
+_OPTION_OF = {"density": "topk", "error": "adaptive", "error_limit": "adaptive", "settling_updates": "adaptive"}
 
 
 class PushSettings(_Encoded):
@@ -131,12 +136,34 @@ class PushSettings(_Encoded):
     settling_updates: Annotated[int, Field(ge=0, le=MOST_COUNT)] = (
         100  # adaptive: of the model, over which both grow so far
     )
-    overlap: Literal["auto"] | bool = "auto"  # compute the next batch meanwhile; auto: only where an exchange is slow
+    overlap: Literal["auto", True, False] = "auto"  # compute the next batch meanwhile; auto: where an exchange is slow
     deadline_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 5.0  # then the same bytes are sent again
 
     @property
     def options(self) -> EncodingOptions:
         return EncodingOptions(tile=self.tile, density=self.density, rounding=self.rounding)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limit_follows_error(cls, given: Any) -> Any:
+        """Who names a larger error alone means it where the wire is slow, too."""
+        if isinstance(given, Mapping) and "error_limit" not in given and isinstance(given.get("error"), int | float):
+            usual: float = cls.model_fields["error_limit"].default
+            return {**given, "error_limit": max(usual, given["error"])}
+        return given
+
+    @model_validator(mode="after")
+    def _options_have_a_user(self) -> Self:
+        # A resolved job names every field, so it is by its value that an option shows that somebody meant it.
+        for option, encoding in _OPTION_OF.items():
+            default = type(self).model_fields[option].default
+            if getattr(self, option) != default and encoding not in self.encoding_names:
+                raise ValueError(
+                    f"{option} belongs to encoding {encoding!r}, found {getattr(self, option)} with "
+                    f"{', '.join(repr(name) for name in sorted(self.encoding_names - {FULL_PRECISION})) or 'fp32'}; "
+                    f"leave {option} out, or use encoding {encoding!r}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _limit_is_a_limit(self) -> Self:
