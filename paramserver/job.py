@@ -51,6 +51,9 @@ class Consistency(_Section):
     slack: Annotated[int, Field(ge=0, le=MOST_COUNT)] | None = None  # bounded: worker steps ahead of the slowest
     quorum: Annotated[int, Field(ge=1)] | None = None  # sync: pushes a round; absent: all workers
     damping: Literal["none", "inverse", "sqrt"] = "none"  # lr by staleness s: 1, 1/(1+s), 1/sqrt(1+s)
+    settling_updates: Annotated[int, Field(ge=0, le=MOST_COUNT)] = (
+        16  # of a block, times s: until then lr grows from nothing; for optimizers that divide by past gradients
+    )
 
     @field_validator("mode", mode="before")
     @classmethod
@@ -220,6 +223,11 @@ class OptimizerSettings(_Section):
     initial_accumulator: Annotated[float, Field(ge=0, le=1e30)] = 0.0  # adagrad
     where: Literal["server", "worker"] = "server"  # worker: preconditions before the encoding
 
+    @property
+    def is_preconditioning(self) -> bool:
+        """Whether it divides by the size of past gradients."""
+        return self.name in ("adagrad", "adam", "rmsprop")
+
 
 class Durability(_Section):
     log: Literal["none", "journal", "journal+fsync"] = "none"  # what is acknowledged survives: the shard, the machine
@@ -292,14 +300,13 @@ class Job(_Section):
                 "diverge beyond 2; use optimizer.where 'worker', 'adagrad' or 'adam', or consistency {mode: sync}"
             )
         low = sorted(name for name in self.push.encoding_names if make_encoding(name).bits <= LOW_BITS)
-        is_preconditioning = optimizer.name in ("adagrad", "adam", "rmsprop")
-        if "adaptive" in low and on_server and is_preconditioning:
+        if "adaptive" in low and on_server and optimizer.is_preconditioning:
             low.remove("adaptive")
             found.append(
                 f"push encoding 'adaptive' with {optimizer.name!r} on the server is known to learn slowly at first: "
                 "bits go where gradients are large, and it moves the others as far; use optimizer.where 'worker'"
             )
-        if low and on_server and is_preconditioning:
+        if low and on_server and optimizer.is_preconditioning:
             found.append(
                 f"push encoding {low[0]!r} (2 bits and less) with {optimizer.name!r} on the server is known to "
                 "converge badly: its second moments are those of the rounding; use optimizer.where 'worker', "

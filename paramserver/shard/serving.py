@@ -11,6 +11,7 @@ from paramserver.job import Job
 from paramserver.protocol.messages import BlockUpdate, Pull, Push, ShardOrder
 from paramserver.shard.block import HeldBlock
 from paramserver.shard.consistency import make_policy
+from paramserver.shard.damping import Damping
 from paramserver.shard.journal.records import AnyRecord, Decision, FirstValues, Journal, Ordered
 from paramserver.shard.optimizers import make_optimizer, warm_up
 from paramserver.shard.publishing import make_publishing
@@ -18,12 +19,6 @@ from paramserver.shard.publishing import warm_up as warm_up_publishing
 from paramserver.shard.telemetry import Telemetry
 
 SWEEP_PEERS = 64  # from so many known connections on, gone ones are looked for whenever their number has doubled
-# lr factor by staleness in versions (staleness-aware SGD: Zhang et al., IJCAI 2016, eq. 5; its root is milder).
-DAMPING: dict[str, Callable[[int], float]] = {
-    "none": lambda staleness: 1.0,
-    "inverse": lambda staleness: 1.0 / (1.0 + staleness),
-    "sqrt": lambda staleness: float((1.0 + staleness) ** -0.5),
-}
 
 
 def prepare(job: Job) -> None:
@@ -42,7 +37,7 @@ class Serving:
         self.optimizer = make_optimizer(self.job.optimizer)
         self.blocks = {index: HeldBlock(order.layout.blocks[index], self.optimizer) for index in order.blocks}
         self.policy = make_policy(self.job, self._apply)
-        self.damping = DAMPING[self.job.consistency.damping]
+        self.damping = Damping(self.job)
         self.fp32 = make_encoding("fp32")
         self.push_encodings = self.job.push.encodings(order.layout)  # by block; a flushed residual comes in fp32
         self.pull_encodings = self.job.pull.encodings(order.layout)
@@ -142,7 +137,7 @@ class Serving:
 
     def _apply(self, block: HeldBlock, encoding: Encoding, frame: Bytes, staleness: int) -> None:
         given = None if self.given is None else self.given.popleft()
-        lr_factor = self.damping(staleness) if given is None else given.lr_factor
+        lr_factor = self.damping.factor(staleness, block.version) if given is None else given.lr_factor
         self.optimizer.apply(block.weights, block.state, block.version, encoding, frame, lr_factor)
         block.version += 1
         outcome = self.publishing.applied(block, self.policy.publish_period, None if given is None else given.outcome)

@@ -1,0 +1,40 @@
+"""How much of the learning rate an update gets, by how stale it is and how young its block is.
+
+An optimizer that divides by past gradients takes its first steps at full length, however small the gradients: Adagrad
+with nothing accumulated moves every element by the learning rate. One process corrects itself with its second step.
+Of N workers, N such steps were computed on the same weights and add up, and each of their next rounds is as blind; a
+model may end those rounds worse than it began, and how much worse is chance. So a stale update of a young block
+gets a share of the learning rate: an update that s others overtook gets all of it from the block's
+`settling_updates` x s-th version on, which is the same number of its own updates for any number of workers. An update
+that is not stale gets all of it at once: one worker alone trains as one process does.
+
+Every factor is written to the journal beside its update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from paramserver.job import Job
+
+# lr factor by staleness in versions (staleness-aware SGD: Zhang et al., IJCAI 2016, eq. 5; its root is milder).
+BY_STALENESS: dict[str, Callable[[int], float]] = {
+    "none": lambda staleness: 1.0,
+    "inverse": lambda staleness: 1.0 / (1.0 + staleness),
+    "sqrt": lambda staleness: float((1.0 + staleness) ** -0.5),
+}
+
+
+class Damping:
+    """The learning rate's factor of each update of one job. It holds settings only."""
+
+    def __init__(self, job: Job) -> None:
+        self._by_staleness = BY_STALENESS[job.consistency.damping]
+        # What divides by nothing takes short steps for small gradients.
+        self._settling_updates = job.consistency.settling_updates if job.optimizer.is_preconditioning else 0
+
+    def factor(self, staleness: int, version: int) -> float:
+        """Of an update that so many versions overtook, of a block that had `version` updates before it: 0 to 1."""
+        settling = self._settling_updates * staleness
+        share = min(1.0, (version + 1) / settling) if settling else 1.0
+        return self._by_staleness(staleness) * share
