@@ -64,11 +64,14 @@ def evaluate(task: Task, lease: Lease, go_on: Callable[[], None]) -> LeaseDone:
     return LeaseDone(number=lease.number, steps=steps, elements=elements, loss_sum=loss_sum, metrics=metrics)
 
 
-def drain(exchange: Exchange, counters: Counters) -> None:
-    """Flush what the encodings still hold back; returns when it is acknowledged."""
+def drain(exchange: Exchange, counters: Counters, is_last: bool) -> None:
+    """Flush what the encodings still hold back, at the end of the job or of this worker alone.
+
+    Returns when it is acknowledged.
+    """
     exchange.settle_pushes()
     exchange.abandon_pulls()
-    exchange.flush(counters.steps)
+    exchange.flush(counters.steps, is_last)
     counters.residual_norm = exchange.residuals.norm()
 
 

@@ -8,6 +8,11 @@ gets a share of the learning rate: an update that s others overtook gets all of 
 `settling_updates` x s-th version on, which is the same number of its own updates for any number of workers. An update
 that is not stale gets all of it at once: one worker alone trains as one process does.
 
+At the end of a job the workers' residuals come, whole. They are what rounding left behind over many steps, while the
+weights went on without it, and no later step corrects what they do: taken as they are, they cost sign and adaptive
+pushes 0.4 to 5% of the loss. So each counts as an update that `RESIDUAL_ROUNDS` rounds of all workers overtook, at
+1 / (1 + staleness). A worker that leaves earlier flushes at the full rate: the others train on.
+
 Every factor is written to the journal beside its update.
 """
 
@@ -17,6 +22,7 @@ from collections.abc import Callable
 
 from paramserver.job import Job
 
+RESIDUAL_ROUNDS = 8  # how old a residual counts as at the end, in updates of each worker
 # lr factor by staleness in versions (staleness-aware SGD: Zhang et al., IJCAI 2016, eq. 5; its root is milder).
 BY_STALENESS: dict[str, Callable[[int], float]] = {
     "none": lambda staleness: 1.0,
@@ -38,3 +44,8 @@ class Damping:
         settling = self._settling_updates * staleness
         share = min(1.0, (version + 1) / settling) if settling else 1.0
         return self._by_staleness(staleness) * share
+
+    @staticmethod
+    def last_factor(workers: int) -> float:
+        """Of a residual at the end of a job, of a block that so many workers have pushed."""
+        return BY_STALENESS["inverse"](RESIDUAL_ROUNDS * workers)

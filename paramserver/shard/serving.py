@@ -53,6 +53,7 @@ class Serving:
         self.journal: Journal | None = None
         self.decided: list[Decision] = []  # since the last record
         self.given: deque[Decision] | None = None  # in a replay: what was decided
+        self._is_last = False  # whether the update that is being absorbed is a residual at the end
 
     def follow(self, order: ShardOrder) -> None:
         """Hold this order's blocks, for its members, under its term."""
@@ -93,8 +94,13 @@ class Serving:
         frame: Bytes,
         staleness: int,
         is_pull_slow: bool,
+        is_last: bool = False,
     ) -> None:
-        """Take a checked update, whose sequence is the next one, into the state."""
+        """Take a checked update, whose sequence is the next one, into the state.
+
+        `is_last`: it is a residual at the end of the job. A replay need not know, for it is given the factor.
+        """
+        self._is_last = is_last
         self.publishing.saw_push(block, worker, is_pull_slow)
         self.policy.absorb(block, worker, encoding, frame, staleness)
         block.marks.advance(worker, incarnation, sequence)
@@ -137,7 +143,12 @@ class Serving:
 
     def _apply(self, block: HeldBlock, encoding: Encoding, frame: Bytes, staleness: int) -> None:
         given = None if self.given is None else self.given.popleft()
-        lr_factor = self.damping.factor(staleness, block.version) if given is None else given.lr_factor
+        if given is not None:
+            lr_factor = given.lr_factor
+        elif self._is_last:
+            lr_factor = self.damping.last_factor(block.marks.workers)
+        else:
+            lr_factor = self.damping.factor(staleness, block.version)
         self.optimizer.apply(block.weights, block.state, block.version, encoding, frame, lr_factor)
         block.version += 1
         outcome = self.publishing.applied(block, self.policy.publish_period, None if given is None else given.outcome)
