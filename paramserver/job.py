@@ -52,7 +52,7 @@ class Consistency(_Section):
     quorum: Annotated[int, Field(ge=1)] | None = None  # sync: pushes a round; absent: all workers
     damping: Literal["none", "inverse", "sqrt"] = "none"  # lr by staleness s: 1, 1/(1+s), 1/sqrt(1+s)
     settling_updates: Annotated[int, Field(ge=0, le=MOST_COUNT)] = (
-        16  # of a block, times s: until then lr grows from nothing; for optimizers that divide by past gradients
+        16  # of a block, times s: until then lr grows from nothing, where the optimizer divides by past gradients
     )
 
     @field_validator("mode", mode="before")

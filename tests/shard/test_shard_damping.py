@@ -36,11 +36,11 @@ def job(**sections: object) -> Job:
         (300, 310, 311 / 4800),  # one that was away for long
     ],
 )
-@pytest.mark.parametrize("where", ["server", "worker"])
+@pytest.mark.parametrize(("where", "settling"), [("server", 16), ("worker", 8)])
 def test_a_stale_update_of_a_young_block_gets_a_share_of_the_learning_rate(
-    staleness: int, version: int, share: float, where: str
+    staleness: int, version: int, share: float, where: str, settling: int
 ) -> None:
-    damping = Damping(job(optimizer={"where": where}, consistency={"settling_updates": 16}))
+    damping = Damping(job(optimizer={"where": where}, consistency={"settling_updates": settling}))
     assert damping.factor(staleness, version) == pytest.approx(share, rel=1e-12)
 
 
