@@ -10,6 +10,7 @@ from safetensors.torch import save
 from models.task import Parameter, Task
 from paramserver.families import families, known_families, load_function
 from paramserver.job import Job
+from paramserver.process import log
 from paramserver.protocol.messages import Lease, LeaseDone
 from worker.counters import Counters
 from worker.device import choose_device
@@ -71,6 +72,7 @@ def drain(exchange: Exchange, counters: Counters, is_last: bool) -> None:
     """
     exchange.settle_pushes()
     exchange.abandon_pulls()
+    log("residuals-flushed", norm=exchange.residuals.norm(), is_last=is_last)
     exchange.flush(counters.steps, is_last)
     counters.residual_norm = exchange.residuals.norm()
 
