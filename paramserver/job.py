@@ -51,6 +51,9 @@ class Consistency(_Section):
     slack: Annotated[int, Field(ge=0, le=MOST_COUNT)] | None = None  # bounded: worker steps ahead of the slowest
     quorum: Annotated[int, Field(ge=1)] | None = None  # sync: pushes a round; absent: all workers
     damping: Literal["none", "inverse", "sqrt"] = "none"  # lr by staleness s: 1, 1/(1+s), 1/sqrt(1+s)
+    settling_updates: Annotated[int, Field(ge=0, le=MOST_COUNT)] = (
+        16  # of a block, times s: until then lr grows from nothing, where the optimizer divides by past gradients
+    )
 
     @field_validator("mode", mode="before")
     @classmethod
@@ -105,11 +108,12 @@ class _Encoded(_Section):
     @field_validator("encoding", "layers")
     @classmethod
     def _known(cls, given: str | dict[str, str]) -> str | dict[str, str]:
+        known = [name for name in encoding_names() if name != cls._other_way_only]
         for name in [given] if isinstance(given, str) else given.values():
             if name == cls._other_way_only:
-                known = ", ".join(one for one in encoding_names() if one != name)
-                raise ValueError(f"encoding {name!r} is for the other way; here there are {known}")
-            _make(name, EncodingOptions())
+                raise ValueError(f"encoding {name!r} is for the other way; here there are {', '.join(known)}")
+            if name not in known:
+                raise ValueError(f"unknown encoding {name!r}{nearest(name, known)} (known: {', '.join(known)})")
         return given
 
     @model_validator(mode="after")
@@ -118,6 +122,10 @@ class _Encoded(_Section):
             _make(name, EncodingOptions(tile=self.tile))
         _make(self.encoding, self.options)
         return self
+
+
+# Settings of a push that one encoding alone obeys.
+_OPTION_OF = {"density": "topk", "error": "adaptive", "error_limit": "adaptive", "settling_updates": "adaptive"}
 
 
 class PushSettings(_Encoded):
@@ -131,12 +139,34 @@ class PushSettings(_Encoded):
     settling_updates: Annotated[int, Field(ge=0, le=MOST_COUNT)] = (
         100  # adaptive: of the model, over which both grow so far
     )
-    overlap: Literal["auto"] | bool = "auto"  # compute the next batch meanwhile; auto: only where an exchange is slow
+    overlap: Literal["auto", True, False] = "auto"  # compute the next batch meanwhile; auto: where an exchange is slow
     deadline_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 5.0  # then the same bytes are sent again
 
     @property
     def options(self) -> EncodingOptions:
         return EncodingOptions(tile=self.tile, density=self.density, rounding=self.rounding)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limit_follows_error(cls, given: Any) -> Any:
+        """Who names a larger error alone means it where the wire is slow, too."""
+        if isinstance(given, Mapping) and "error_limit" not in given and isinstance(given.get("error"), int | float):
+            usual: float = cls.model_fields["error_limit"].default
+            return {**given, "error_limit": max(usual, given["error"])}
+        return given
+
+    @model_validator(mode="after")
+    def _options_have_a_user(self) -> Self:
+        # A resolved job names every field, so it is by its value that an option shows that somebody meant it.
+        for option, encoding in _OPTION_OF.items():
+            default = type(self).model_fields[option].default
+            if getattr(self, option) != default and encoding not in self.encoding_names:
+                raise ValueError(
+                    f"{option} belongs to encoding {encoding!r}, found {getattr(self, option)} with "
+                    f"{', '.join(repr(name) for name in sorted(self.encoding_names - {FULL_PRECISION})) or 'fp32'}; "
+                    f"leave {option} out, or use encoding {encoding!r}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _limit_is_a_limit(self) -> Self:
@@ -192,6 +222,11 @@ class OptimizerSettings(_Section):
     epsilon: Annotated[float, Field(ge=1e-12, le=1000)] = 1e-8  # adagrad, adam, rmsprop
     initial_accumulator: Annotated[float, Field(ge=0, le=1e30)] = 0.0  # adagrad
     where: Literal["server", "worker"] = "server"  # worker: preconditions before the encoding
+
+    @property
+    def is_preconditioning(self) -> bool:
+        """Whether it divides by the size of past gradients."""
+        return self.name in ("adagrad", "adam", "rmsprop")
 
 
 class Durability(_Section):
@@ -288,14 +323,13 @@ class Job(_Section):
                 "diverge beyond 2; use optimizer.where 'worker', 'adagrad' or 'adam', or consistency {mode: sync}"
             )
         low = sorted(name for name in self.push.encoding_names if make_encoding(name).bits <= LOW_BITS)
-        is_preconditioning = optimizer.name in ("adagrad", "adam", "rmsprop")
-        if "adaptive" in low and on_server and is_preconditioning:
+        if "adaptive" in low and on_server and optimizer.is_preconditioning:
             low.remove("adaptive")
             found.append(
                 f"push encoding 'adaptive' with {optimizer.name!r} on the server is known to learn slowly at first: "
                 "bits go where gradients are large, and it moves the others as far; use optimizer.where 'worker'"
             )
-        if low and on_server and is_preconditioning:
+        if low and on_server and optimizer.is_preconditioning:
             found.append(
                 f"push encoding {low[0]!r} (2 bits and less) with {optimizer.name!r} on the server is known to "
                 "converge badly: its second moments are those of the rounding; use optimizer.where 'worker', "

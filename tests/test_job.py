@@ -68,6 +68,14 @@ def test_a_job_cannot_be_changed_once_read() -> None:
         ({"pull": {"encoding": "adaptive"}}, ["job: pull.encoding: encoding 'adaptive' is for the other way", "coded"]),
         ({"push": {"layers": {"a": "coded"}}}, ["job: push.layers: encoding 'coded' is for the other way"]),
         ({"push": {"encoding": "adaptive", "tile": 4096}}, ["job: push: tile 4096 is more than adaptive takes"]),
+        ({"push": {"error": 0.5}}, ["job: push: error belongs to encoding 'adaptive'", "0.5 with 'int4'"]),
+        ({"push": {"error_limit": 0.9}}, ["job: push: error_limit belongs to encoding 'adaptive'"]),
+        ({"push": {"settling_updates": 7}}, ["job: push: settling_updates belongs to encoding 'adaptive'"]),
+        ({"push": {"encoding": "fp32", "density": 0.2}}, ["job: push: density belongs to encoding 'topk'", "fp32"]),
+        ({"push": {"encoding": "adaptive", "error": 0.9, "error_limit": 0.8}}, ["job: push: error_limit 0.8 is less"]),
+        ({"push": {"overlap": "maybe"}}, ["job: push.overlap: found 'maybe' (allowed: 'auto', True or False)"]),
+        ({"push": {"encoding": "int3"}}, ["did you mean 'int8'? (known: adaptive, bf16, fp32,"]),
+        ({"pull": {"encoding": "int3"}}, ["did you mean 'int8'? (known: bf16, coded, fp32,"]),
         ({"pull": {"publish_seconds": 0}}, ["job: pull.publish_seconds: found 0", "0.01"]),
         ({"optimizer": {"where": "client"}}, ["job: optimizer.where: found 'client'", "'worker'"]),
         ({"optimizer": {"name": "adagrd"}}, ["job: optimizer.name: found 'adagrd'", "did you mean 'adagrad'?"]),
@@ -124,6 +132,27 @@ def test_a_wrong_field_is_refused_with_where_found_and_allowed(sections: dict[st
     text = refusal(**sections)
     for part in parts:
         assert part in text
+
+
+@pytest.mark.parametrize(
+    "push",
+    [
+        {"error": 0.6, "density": 0.01},
+        {"encoding": "topk", "density": 0.2},
+        {"layers": {"out.*": "topk"}, "density": 0.2},
+        {"layers": {"out.*": "adaptive"}, "error": 0.5, "settling_updates": 0},
+        {"overlap": True},
+        {"overlap": False},
+    ],
+)
+def test_a_setting_that_an_encoding_of_the_job_obeys_is_taken(push: dict[str, Any]) -> None:
+    taken = job(push=push)
+    assert parse_job_text(taken.json_text()) == taken
+
+
+@pytest.mark.parametrize(("error", "limit"), [(0.5, 0.8), (0.6, 0.8), (0.9, 0.9)])
+def test_the_error_limit_follows_a_larger_error(error: float, limit: float) -> None:
+    assert job(push={"encoding": "adaptive", "error": error}).push.error_limit == limit
 
 
 def test_every_problem_is_told_at_once() -> None:

@@ -81,10 +81,14 @@ class Attached:
         self._exchange.settle()
         self._hand_over()
 
-    def close(self) -> None:
-        """Flush what encodings hold back, then disconnect."""
+    def close(self, is_last: bool = False) -> None:
+        """Flush what encodings hold back, then disconnect.
+
+        `is_last`: nobody trains any more. The shards then take residuals at a small learning rate, for no later step
+        corrects what they do.
+        """
         try:
-            self._exchange.flush(self.counters.steps)
+            self._exchange.flush(self.counters.steps, is_last)
         finally:
             self._disconnect()
 

@@ -210,10 +210,11 @@ class Exchange:
         self._post(request, bytes_a_second=0.0)  # at full precision: cut as finely
         self.settle()
 
-    def flush(self, step: int) -> None:
+    def flush(self, step: int, is_last: bool = False) -> None:
         """Push every residual at full precision and wait until it is acknowledged.
 
-        A residual whose update is finally refused is held again, and counted as the update's refusal.
+        `is_last`: nobody trains any more, so the shards take residuals at a small learning rate. A residual whose
+        update is finally refused is held again, and counted as the update's refusal.
         """
         holding = set(self.residuals.blocks())
 
@@ -226,7 +227,7 @@ class Exchange:
             for block in blocks:
                 self.residuals.clear(block)
             full = [FULL_PRECISION] * len(blocks)
-            return self._push(client, blocks, frames, full, self._replica.editions, step, wants=())
+            return self._push(client, blocks, frames, full, self._replica.editions, step, (), is_last)
 
         self._post(request, bytes_a_second=0.0)
         self.settle_pushes()
@@ -299,13 +300,20 @@ class Exchange:
         editions: Editions,
         step: int,
         wants: tuple[Want, ...],
+        is_last: bool = False,
     ) -> Request:
         updates = []
         for block, encoding in zip(blocks, encodings, strict=True):
             sequence = self._sequences[block] = self._sequences[block] + 1
             updates.append(BlockUpdate(block, sequence, max(int(editions[block]), 0), encoding.identifier))
         return Request(
-            Push(**self._head(client, step), updates=tuple(updates), wants=wants, is_pull_slow=self._pace.is_pull_slow),
+            Push(
+                **self._head(client, step),
+                updates=tuple(updates),
+                wants=wants,
+                is_pull_slow=self._pace.is_pull_slow,
+                is_last=is_last,
+            ),
             frames,
             undecided={block: position for position, block in enumerate(blocks)},
             awaited={want.block for want in wants},

@@ -219,7 +219,7 @@ class JobWork:
     def _drain(self) -> None:
         if not self._state.drained:
             if self._exchange is not None:
-                stages.drain(self._exchange, self._state.counters)
+                stages.drain(self._exchange, self._state.counters, is_last=self._state.order.stage == "drain")
             self._enter("drain")
 
             def drained() -> None:

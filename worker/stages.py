@@ -10,6 +10,7 @@ from safetensors.torch import save
 from models.task import Parameter, Task
 from paramserver.families import families, known_families, load_function
 from paramserver.job import Job
+from paramserver.process import log
 from paramserver.protocol.messages import Lease, LeaseDone
 from worker.counters import Counters
 from worker.device import choose_device
@@ -64,11 +65,15 @@ def evaluate(task: Task, lease: Lease, go_on: Callable[[], None]) -> LeaseDone:
     return LeaseDone(number=lease.number, steps=steps, elements=elements, loss_sum=loss_sum, metrics=metrics)
 
 
-def drain(exchange: Exchange, counters: Counters) -> None:
-    """Flush what the encodings still hold back; returns when it is acknowledged."""
+def drain(exchange: Exchange, counters: Counters, is_last: bool) -> None:
+    """Flush what the encodings still hold back, at the end of the job or of this worker alone.
+
+    Returns when it is acknowledged.
+    """
     exchange.settle_pushes()
     exchange.abandon_pulls()
-    exchange.flush(counters.steps)
+    log("residuals-flushed", norm=exchange.residuals.norm(), is_last=is_last)
+    exchange.flush(counters.steps, is_last)
     counters.residual_norm = exchange.residuals.norm()
 
 

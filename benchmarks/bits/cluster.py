@@ -146,7 +146,7 @@ class Cluster:
     def drain(self) -> None:
         """Flush all residuals, and publish what is left, as the end of a job does."""
         for worker in self._workers:
-            worker.exchange.flush(worker.counters.steps)
+            worker.exchange.flush(worker.counters.steps, is_last=True)
         for core, _ in self._shards:
             core.publish_due(self._network.now)  # the timer sees what waits,
             core.publish_due(self._network.now + LATER_SECONDS)  # and it is due

@@ -72,13 +72,15 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=["char-lm"])
     parser.add_argument("--workers", type=positive, nargs="+", default=[8])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2; with --confirm 0")
     parser.add_argument("--steps", type=positive, help="of all workers together (default: the task's)")
     parser.add_argument("--warm-up", type=int, help="steps of one process before (default: the task's)")
     parser.add_argument("--alone", action="store_true", help="run no references but those that are listed")
     parser.add_argument("--out", type=Path, help="append each cell as a line of JSON, and leave out what is there")
     parser.add_argument("--read", type=Path, nargs="+", help="run nothing; show what these files hold")
-    parser.add_argument("--confirm", action="store_true", help="run the settings once each as jobs of real processes")
+    parser.add_argument(
+        "--confirm", action="store_true", help="run each setting as a job of real processes, a seed a launch"
+    )
     parser.add_argument("settings", nargs="*", default=[], help=f"PUSH/PULL[+worker][+forgetful] (default {DEFAULT})")
     given = parser.parse_args(arguments)
     if given.read:
@@ -86,12 +88,10 @@ def main(arguments: Sequence[str]) -> None:
         return
     settings = [parse_setting(text) for text in given.settings or DEFAULT]
     if given.confirm:
-        if given.alone or given.warm_up is not None or given.seeds != [0, 1, 2]:
-            parser.error(
-                "--confirm runs from the first step, with seed 0 and with its references: leave out --alone, "
-                "--warm-up and --seeds"
-            )
-        confirmation.run(given.tasks, settings, given.workers, given.steps, given.out)
+        if given.alone or given.warm_up is not None:
+            parser.error("--confirm runs from the first step and with its references: leave out --alone and --warm-up")
+        confirmation.run(given.tasks, settings, given.workers, given.seeds or [0], given.steps, given.out)
         return
-    wanted = list(cells(given.tasks, settings, given.workers, given.seeds, given.steps, given.warm_up, given.alone))
+    seeds = given.seeds or [0, 1, 2]
+    wanted = list(cells(given.tasks, settings, given.workers, seeds, given.steps, given.warm_up, given.alone))
     show_records(run(wanted, given.out))

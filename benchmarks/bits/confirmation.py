@@ -1,4 +1,4 @@
-"""The same settings as jobs of real processes, one run each, from the first step on."""
+"""The same settings as jobs of real processes, from the first step on: one launch of each for every seed, in turns."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from benchmarks.bits.settings import Cell, Setting, references, with_references
+from benchmarks.bits.statistics import Gap, paired_gap
 from benchmarks.bits.tasks import TASKS
 from benchmarks.report import show
 from paramserver.cli.bench.crew import MeasurementError
+from paramserver.cli.errors import InputError
 
-LIMIT_SECONDS = 1200
+LIMIT_SECONDS = 1800
 COLUMNS = (
     "task", "N", "push / pull", "valid", "gap", "gap, fresh", "replica", "bits up", "bits down", "fewer bytes",
-    "staleness",
+    "staleness", "n",
 )  # fmt: skip
+
+Result = Mapping[str, Any]  # as `paramserver run --json` prints it
+Launch = tuple[str, int, str, int, int]  # task, workers, setting, seed, steps
+Launches = dict[Launch, Result]
 
 
 def run_job(cell: Cell) -> dict[str, Any]:
@@ -39,45 +45,101 @@ def run_job(cell: Cell) -> dict[str, Any]:
 
 
 def run(
-    tasks: Sequence[str], settings: Sequence[Setting], workers: Sequence[int], steps: int | None, out: Path | None
+    tasks: Sequence[str],
+    settings: Sequence[Setting],
+    workers: Sequence[int],
+    seeds: Sequence[int],
+    steps: int | None,
+    out: Path | None,
 ) -> None:
-    """Print the table; gaps are to the references' one run. Twice the simulation's steps, as there is no warm-up."""
-    rows: list[list[str]] = []
-    facts: list[dict[str, Any]] = []
+    """Print the table. Twice the simulation's steps, as there is no warm-up.
+
+    Seed by seed, so that the launches that are compared stand beside each other in time; those that `out` has already
+    are not run again, and the others are appended to it.
+    """
+    done: Launches = _read(out) if out is not None and out.exists() else {}
+    wanted: list[Launch] = []
+    for cell in _cells(tasks, settings, workers, seeds, steps):
+        launch = (cell.task, cell.workers, cell.setting.text, cell.seed, cell.steps)
+        wanted.append(launch)
+        if launch in done:
+            continue
+        done[launch] = run_job(cell)
+        if out is not None:
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_fact(launch, done[launch])) + "\n")
+        print(*launch, done[launch]["valid"]["bits"], file=sys.stderr, flush=True)
+    rows = [
+        _row(task, count, setting, {launch: done[launch] for launch in wanted})
+        for task in tasks
+        for count in workers
+        for setting in with_references(settings, count)
+    ]
+    facts = {"benchmark": "bits", "confirmed": [_fact(launch, done[launch]) for launch in wanted]}
+    show("real processes, one launch a seed", COLUMNS, rows, facts)
+
+
+def _cells(
+    tasks: Sequence[str], settings: Sequence[Setting], workers: Sequence[int], seeds: Sequence[int], steps: int | None
+) -> Iterator[Cell]:
     for task in tasks:
         for count in workers:
-            results: dict[str, dict[str, Any]] = {}
-            for setting in with_references(settings, count):
-                cell = Cell(task, setting, count, 0, steps or 2 * TASKS[task].steps, 0)
-                results[setting.text] = run_job(cell)
-                fact = {"task": task, "workers": count, "setting": setting.text, "result": results[setting.text]}
-                facts.append(fact)
-                if out is not None:
-                    with out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(fact) + "\n")
-                print(task, count, setting.text, results[setting.text]["valid"]["bits"], file=sys.stderr, flush=True)
-            # Both references are there only now.
-            rows += [_row(task, count, setting, results) for setting in with_references(settings, count)]
-    show("one run of real processes each", COLUMNS, rows, {"benchmark": "bits", "confirmed": facts})
+            for seed in seeds:
+                for setting in with_references(settings, count):
+                    yield Cell(task, setting, count, seed, steps or 2 * TASKS[task].steps, 0)
 
 
-def _row(task: str, workers: int, setting: Setting, results: dict[str, dict[str, Any]]) -> list[str]:
-    fresh, same_period = (results[text] for text in references(setting.where, workers))
-    own = results[setting.text]
+def _fact(launch: Launch, result: Result) -> dict[str, Any]:
+    return dict(zip(("task", "workers", "setting", "seed", "steps"), launch, strict=True)) | {"result": result}
 
-    def gap(other: dict[str, Any]) -> str:
-        return f"{100 * (own['valid']['bits'] / other['valid']['bits'] - 1):+.2f}%"
 
-    def bits(way: str) -> str:
-        encoded = own[f"{way}_bits_encoded"]
-        return f"{own[f'{way}_bits_an_element'] if encoded is None else encoded:.2f}"
+def _read(path: Path) -> Launches:
+    """Raises InputError for a file that is none of ours."""
+    try:
+        facts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {
+            (fact["task"], fact["workers"], fact["setting"], fact["seed"], fact["steps"]): fact["result"]
+            for fact in facts
+        }
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not readable as launches of this benchmark: {error}") from None
 
-    def bytes_a_step(result: dict[str, Any]) -> float:
-        return float((result["pushed_bytes"] + result["pulled_bytes"]) / result["steps"])
 
-    replica = own["replica"]["valid"]["bits"]
+def _row(task: str, workers: int, setting: Setting, done: Launches) -> list[str]:
+    """Means over seeds, and gaps paired by seed."""
+    by_setting: dict[str, dict[int, Result]] = {}
+    for (other_task, count, text, seed, _), result in done.items():
+        if (other_task, count) == (task, workers):
+            by_setting.setdefault(text, {})[seed] = result
+    fresh, same_period = (by_setting[text] for text in references(setting.where, workers))
+    own = by_setting[setting.text]
+
+    def gap(others: Mapping[int, Result]) -> Gap:
+        return paired_gap([_bits(own[seed]) for seed in own], [_bits(others[seed]) for seed in own])
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    replicas = [result["replica"]["valid"]["bits"] for result in own.values()]
     return [
-        task, str(workers), setting.label, f"{own['valid']['bits']:.4f}", gap(same_period), gap(fresh),
-        "-" if replica is None else f"{replica:.4f}", bits("push"), bits("pull"),
-        f"{bytes_a_step(fresh) / bytes_a_step(own):.1f}x", f"{own['staleness']['all']['mean']:.2f}",
+        task, str(workers), setting.label, f"{mean([_bits(result) for result in own.values()]):.4f}",
+        str(gap(same_period)), str(gap(fresh)), "-" if None in replicas else f"{mean(replicas):.4f}",
+        *(f"{mean([_bits_sent(result, way) for result in own.values()]):.2f}" for way in ("push", "pull")),
+        f"{sum(map(_bytes_a_step, fresh.values())) / sum(map(_bytes_a_step, own.values())):.1f}x",
+        f"{mean([result['staleness']['all']['mean'] for result in own.values()]):.2f}", str(len(own)),
     ]  # fmt: skip
+
+
+def _bits(result: Result) -> float:
+    """The validation loss of the weights."""
+    return float(result["valid"]["bits"])
+
+
+def _bits_sent(result: Result, way: str) -> float:
+    """An encoded element and worker step; of all elements where none is encoded."""
+    encoded = result[f"{way}_bits_encoded"]
+    return float(result[f"{way}_bits_an_element"] if encoded is None else encoded)
+
+
+def _bytes_a_step(result: Result) -> float:
+    return float((result["pushed_bytes"] + result["pulled_bytes"]) / result["steps"])

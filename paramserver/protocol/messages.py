@@ -117,6 +117,7 @@ class Push(Message, frozen=True, kw_only=True, tag="push"):
     updates: tuple[BlockUpdate, ...]
     wants: tuple[Want, ...] = ()
     is_pull_slow: bool = False  # its exchanges take longer than its computation, for what they bring
+    is_last: bool = False  # residuals at the end of a job: no later step corrects what they do
 
 
 class Acknowledged(Struct, frozen=True, array_like=True):

@@ -222,8 +222,8 @@ class ShardCore:
             raise Refused("unknown-edition", f"block {update.block}: {error}") from None
         except EncodingError as error:
             raise Refused(error.code, f"block {update.block}: {error}") from None
-        is_slow = push.is_pull_slow
-        serving.absorb(block, push.worker, push.incarnation, update.sequence, encoding, frame, staleness, is_slow)
+        source = (push.worker, push.incarnation, update.sequence)
+        serving.absorb(block, *source, encoding, frame, staleness, push.is_pull_slow, push.is_last)
         return Acknowledged(update.block, update.sequence, block.version)
 
     @staticmethod

@@ -11,6 +11,7 @@ from paramserver.job import Job
 from paramserver.protocol.messages import BlockUpdate, PartOrder, Pull, Push
 from paramserver.shard.block import HeldBlock
 from paramserver.shard.consistency import make_policy
+from paramserver.shard.damping import Damping
 from paramserver.shard.journal.records import AnyRecord, Decision, FirstValues, Journal, Ordered
 from paramserver.shard.optimizers import make_optimizer, warm_up
 from paramserver.shard.publishing import make_publishing
@@ -18,12 +19,6 @@ from paramserver.shard.publishing import warm_up as warm_up_publishing
 from paramserver.shard.telemetry import Telemetry
 
 SWEEP_PEERS = 64  # from so many known connections on, gone ones are looked for whenever their number has doubled
-# lr factor by staleness in versions (staleness-aware SGD: Zhang et al., IJCAI 2016, eq. 5; its root is milder).
-DAMPING: dict[str, Callable[[int], float]] = {
-    "none": lambda staleness: 1.0,
-    "inverse": lambda staleness: 1.0 / (1.0 + staleness),
-    "sqrt": lambda staleness: float((1.0 + staleness) ** -0.5),
-}
 
 
 def prepare(job: Job) -> None:
@@ -42,7 +37,7 @@ class Serving:
         self.optimizer = make_optimizer(self.job.optimizer)
         self.blocks = {index: HeldBlock(order.layout.blocks[index], self.optimizer) for index in order.blocks}
         self.policy = make_policy(self.job, self._apply)
-        self.damping = DAMPING[self.job.consistency.damping]
+        self.damping = Damping(self.job)
         self.fp32 = make_encoding("fp32")
         self.push_encodings = self.job.push.encodings(order.layout)  # by block; a flushed residual comes in fp32
         self.pull_encodings = self.job.pull.encodings(order.layout)
@@ -58,6 +53,7 @@ class Serving:
         self.journal: Journal | None = None
         self.decided: list[Decision] = []  # since the last record
         self.given: deque[Decision] | None = None  # in a replay: what was decided
+        self._is_last = False  # whether the update that is being absorbed is a residual at the end
 
     def follow(self, order: PartOrder) -> None:
         """Hold this order's blocks, for its members, under its term."""
@@ -98,8 +94,13 @@ class Serving:
         frame: Bytes,
         staleness: int,
         is_pull_slow: bool,
+        is_last: bool = False,
     ) -> None:
-        """Take a checked update, whose sequence is the next one, into the state."""
+        """Take a checked update, whose sequence is the next one, into the state.
+
+        `is_last`: it is a residual at the end of the job. A replay need not know, for it is given the factor.
+        """
+        self._is_last = is_last
         self.publishing.saw_push(block, worker, is_pull_slow)
         self.policy.absorb(block, worker, encoding, frame, staleness)
         block.marks.advance(worker, incarnation, sequence)
@@ -142,7 +143,12 @@ class Serving:
 
     def _apply(self, block: HeldBlock, encoding: Encoding, frame: Bytes, staleness: int) -> None:
         given = None if self.given is None else self.given.popleft()
-        lr_factor = self.damping(staleness) if given is None else given.lr_factor
+        if given is not None:
+            lr_factor = given.lr_factor
+        elif self._is_last:
+            lr_factor = self.damping.last_factor(block.marks.workers)
+        else:
+            lr_factor = self.damping.factor(staleness, block.version)
         self.optimizer.apply(block.weights, block.state, block.version, encoding, frame, lr_factor)
         block.version += 1
         outcome = self.publishing.applied(block, self.policy.publish_period, None if given is None else given.outcome)

@@ -26,6 +26,11 @@ class Watermarks:
     def __init__(self, marks: Mapping[str, tuple[int, int]] | None = None) -> None:
         self._marks: dict[str, tuple[int, int]] = dict(marks or {})
 
+    @property
+    def workers(self) -> int:
+        """How many workers have pushed the block."""
+        return len(self._marks)
+
     def expected(self, worker: str, incarnation: int) -> int:
         """The next sequence that this incarnation may push."""
         mark = self._marks.get(worker)

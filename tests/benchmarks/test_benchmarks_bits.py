@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,23 +96,32 @@ def test_only_forgetful_publishing_drifts(kind: type[PublishedDeltas]) -> None:
     assert (lag > 5) if kind is ForgetfulDeltas else (lag < 3)  # in movements of one round
 
 
-def test_a_confirmation_compares_with_both_references(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_confirmation_pairs_launches_by_seed_and_goes_on_where_it_was_cut_short(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    launched: list[tuple[str, int]] = []
+
     def run_job(cell: Cell) -> dict[str, object]:
-        bits = 2.0 if cell.setting.text == "fp32/fp32" else 2.5
+        launched.append((cell.setting.text, cell.seed))
+        # Of the seed's reference at the same period 1% and 3% more.
+        bits = {"fp32/fp32": 2.0, "int4/ternary": 2.5 * (1.01 + 0.02 * cell.seed)}.get(cell.setting.text, 2.5)
         parts = {f"{way}_bits_{of}": 4.0 for way in ("push", "pull") for of in ("encoded", "an_element")}
         loss = {"valid": {"bits": bits}}
         counts = {"pushed_bytes": 10, "pulled_bytes": 10, "steps": 2, "staleness": {"all": {"mean": 1.0}}}
         return {**loss, "replica": loss, **parts, **counts}
 
     monkeypatch.setattr(confirmation, "run_job", run_job)
-    command.main(["int4/ternary", "--confirm", "--workers", "8"])
-    results = json.loads(capsys.readouterr().out.splitlines()[-1])["confirmed"]
-    assert len(results) == 3, "eight workers have two references"
+    out = tmp_path / "launches.jsonl"
+    command.main(["int4/ternary", "--confirm", "--workers", "8", "--out", str(out)])
+    assert len(launched) == 3, "eight workers have two references"
+    command.main(["int4/ternary", "--confirm", "--workers", "8", "--seeds", "0", "1", "--out", str(out)])
+    assert [seed for _, seed in launched] == [0, 0, 0, 1, 1, 1]
+    shown = capsys.readouterr().out
+    assert len(json.loads(shown.splitlines()[-1])["confirmed"]) == 6
+    assert "+2.00%" in shown, "the mean of the pairs"
 
 
-def test_a_confirmation_with_a_seed_of_its_own_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_confirmation_without_its_references_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        command.main(["int4/ternary", "--confirm", "--seeds", "1"])
+        command.main(["int4/ternary", "--confirm", "--alone"])
     assert "leave out --alone" in capsys.readouterr().err

@@ -60,9 +60,8 @@ def test_a_review_ends_in_the_state_of_the_shard_and_tells_every_step_of_an_opti
     assert max(move.staleness for move in moves) > 0
     assert all(move.distance > 0 for move in moves)
     assert {move.parameter for move in moves} == {"a", "b"}
-    assert (min(move.lr_factor for move in moves) < 1) == (
-        "consistency" in settings and "damping" in settings["consistency"]
-    )
+    if "damping" in settings.get("consistency", {}):
+        assert min(move.lr_factor for move in moves) < 1
 
 
 def test_a_review_stops_after_any_record_in_the_state_that_it_led_to(tmp_path: Path) -> None:

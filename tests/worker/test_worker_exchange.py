@@ -131,6 +131,21 @@ def test_flush_empties_the_residual_at_full_precision() -> None:
         np.testing.assert_allclose(-rig.weights(block.index), total(gradients, block.parameter), atol=1e-5)
 
 
+@pytest.mark.parametrize("is_last", [False, True])
+def test_the_last_flush_of_a_job_moves_the_weights_by_a_small_share_and_an_earlier_one_by_all(is_last: bool) -> None:
+    rig = Rig("int8")
+    for seed in range(1, 6):
+        rig.step(seed, seed)
+    before = [rig.weights(block.index).copy() for block in rig.layout.blocks]
+    residuals = [np.array(rig.exchange.residuals.of(block.index)) for block in rig.layout.blocks]
+    rig.exchange.flush(6, is_last)
+    assert rig.exchange.residuals.norm() == 0
+    assert any(residual.any() for residual in residuals)
+    share = 1 / 9 if is_last else 1.0  # one worker, eight rounds
+    for block, weights, residual in zip(rig.layout.blocks, before, residuals, strict=True):
+        np.testing.assert_allclose(weights - rig.weights(block.index), share * residual, atol=1e-6)
+
+
 def test_what_was_sent_and_the_residual_make_what_was_to_be_sent() -> None:
     rig = Rig("int8")
     gradients = [rig.step(seed, seed) for seed in range(1, 11)]

@@ -187,6 +187,14 @@ class PlayedJob:
         self.run("initialise", [lease])
 
 
+def flush_event(directory: Path) -> dict[str, str]:
+    """The fields of the worker's event of its flush; it held something back."""
+    (line,) = [line for line in (directory / "worker-0.log").read_text().splitlines() if "residuals-flushed" in line]
+    fields = dict(word.split("=", 1) for word in line.split()[1:])
+    assert float(fields["norm"]) > 0
+    return fields
+
+
 def test_worker_runs_every_stage_of_a_job_and_learns(coordinator: PlayedCoordinator, tmp_path: Path) -> None:
     job = PlayedJob(coordinator, tmp_path)
     job.place()
@@ -198,6 +206,7 @@ def test_worker_runs_every_stage_of_a_job_and_learns(coordinator: PlayedCoordina
     job.order("drain")
     coordinator.serve_until(lambda: coordinator.report().drained, "the drain")
     assert coordinator.report().residual_norm == 0
+    assert flush_event(tmp_path)["is_last"] == "True", "nobody trains any more"
     (evaluated,) = job.run("evaluate", job.leases("evaluate", 1, "valid"))
     assert 0 < evaluated.loss_sum / evaluated.elements < losses[0]
     job.run("export", job.leases("export", 1))
@@ -232,6 +241,7 @@ def test_terminated_worker_flushes_hands_back_and_exits_0(coordinator: PlayedCoo
     assert set(report.begun) <= set(report.returned)
     assert report.drained
     assert report.residual_norm == 0
+    assert flush_event(tmp_path)["is_last"] == "False", "others may train on"
 
 
 def test_job_taken_away_in_the_middle_of_training_and_given_back_goes_on(

@@ -329,12 +329,15 @@ def attach_synthetic(
         name: torch.from_numpy(generator.normal(0, GRADIENT_SCALE, shape).astype(np.float32))
         for name, shape in shapes.items()
     }
+    settings = PushSettings.model_validate(push)
+    if "adaptive" in settings.encoding_names and "settling_updates" not in push:
+        settings = settings.model_copy(update={"settling_updates": 0})  # a measured step is one of a settled job
     with attach(
         parameters,
         addresses,
         job="bench",
         worker=f"worker-{number}",
-        push=PushSettings.model_validate({"settling_updates": 0, **push}),
+        push=settings,
     ) as attached:
         yield attached, gradients
 

@@ -99,15 +99,17 @@ class WatchedServing(Serving):
         frame: Bytes,
         staleness: int,
         is_pull_slow: bool,
+        is_last: bool = False,
     ) -> None:
         self._update = worker, incarnation, sequence, staleness
-        super().absorb(block, worker, incarnation, sequence, encoding, frame, staleness, is_pull_slow)
+        super().absorb(block, worker, incarnation, sequence, encoding, frame, staleness, is_pull_slow, is_last)
 
     def _apply(self, block: HeldBlock, encoding: Encoding, frame: Bytes, staleness: int) -> None:
         if self.watch is None:
             super()._apply(block, encoding, frame, staleness)
             return
-        lr_factor = self.damping(staleness) if not self.given else self.given[0].lr_factor
+        assert self.given, "a replay gives what was decided"
+        lr_factor = self.given[0].lr_factor
         before = block.weights.copy()
         super()._apply(block, encoding, frame, staleness)
         worker, incarnation, sequence, _ = self._update
