@@ -12,10 +12,10 @@ coordinator gives a cut up, so a checkpoint never holds what was pushed after a 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from paramserver.checksum import crc32
 from paramserver.coordinator.checkpoints.manifest import KeptFile, Manifest
 from paramserver.coordinator.effects import DropCheckpoint, Effect, SealCheckpoint, Send, StorePiece
 from paramserver.coordinator.sessions import Session
@@ -276,7 +276,7 @@ class Cuts:
         offset = file.stored
         is_next = file.takes(piece.offset, piece.total, len(data))
         if is_next:
-            file.checksum = zlib.crc32(data, file.checksum)
+            file.checksum = crc32(data, file.checksum)
             self._moved_at = now
             self._effects.append(StorePiece(self._job_id, self.number, file.name, offset, data))
         self._answer(peer, piece, file.stored)

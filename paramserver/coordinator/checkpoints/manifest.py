@@ -6,12 +6,12 @@ checksum, so that no flipped bit of it is believed.
 
 from __future__ import annotations
 
-import zlib
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
+from paramserver.checksum import crc32
 from paramserver.protocol.layout import Layout
 from paramserver.router.leases import LeaseCut
 
@@ -55,14 +55,14 @@ class _Envelope(Struct, frozen=True, forbid_unknown_fields=True):
 
 def encode_manifest(manifest: Manifest) -> bytes:
     body = msgspec.json.encode(manifest)
-    return msgspec.json.encode(_Envelope(zlib.crc32(body), msgspec.Raw(body)))
+    return msgspec.json.encode(_Envelope(crc32(body), msgspec.Raw(body)))
 
 
 def decode_manifest(content: bytes, where: str) -> Manifest:
     """The manifest, checked. Raises CheckpointError, naming `where`."""
     try:
         envelope = msgspec.json.decode(content, type=_Envelope)
-        if zlib.crc32(bytes(envelope.manifest)) != envelope.crc32:
+        if crc32(bytes(envelope.manifest)) != envelope.crc32:
             raise CheckpointError(f"{where}: damaged: its checksum is not that of its content")
         found = msgspec.json.decode(envelope.manifest, type=dict[str, object]).get("format")
         if found != FORMAT:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import msgspec
 import yaml
 
+from paramserver.checksum import crc32
 from paramserver.coordinator.checkpoints.files import FOLDER, numbers
 from paramserver.coordinator.checkpoints.manifest import (
     FILE_NAME,
@@ -130,7 +130,7 @@ def _check(path: Path, file: KeptFile) -> None:
     checksum = size = 0
     with path.open("rb") as stream:
         while piece := stream.read(READ_BYTES):
-            checksum, size = zlib.crc32(piece, checksum), size + len(piece)
+            checksum, size = crc32(piece, checksum), size + len(piece)
     if size != file.bytes:
         raise CheckpointError(f"{path}: has {size} bytes, {file.bytes} were written")
     if checksum != file.checksum:

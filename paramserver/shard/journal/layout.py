@@ -9,20 +9,19 @@ durable as the job asks for when this one was written: a reader that meets bytes
 as a torn end only where no later record claims that they were durable. So a crash costs what was not acknowledged,
 and a damaged disk is told with the place where it is damaged.
 
-The checksum is zlib's CRC-32. At 4 GB/s here it costs a third of a copy into the page cache; CRC-32C has better
-hardware but no implementation in Python's library.
+The checksum is CRC-32 as zlib has it.
 """
 
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
+from paramserver.checksum import crc32
 from paramserver.encoding.base import Bytes
 from paramserver.protocol.transport import Buffer
 from paramserver.shard.journal.records import AnyRecord
@@ -53,18 +52,18 @@ class Entry:
 def preamble(first: int) -> bytes:
     """The beginning of a segment whose first record has this number."""
     start = _PREAMBLE.pack(_SEGMENT_MAGIC, first, 0)[:-4]
-    return start + zlib.crc32(start).to_bytes(4, "little")
+    return start + crc32(start).to_bytes(4, "little")
 
 
 def encode_record(number: int, durable: int, record: AnyRecord, frames: Sequence[Bytes]) -> list[Buffer]:
     """The buffers of a record: its head, and the frames themselves, not copied."""
     head = _encoder.encode(record)
-    checksum, frame_bytes = zlib.crc32(head), 0
+    checksum, frame_bytes = crc32(head), 0
     for frame in frames:
-        checksum = zlib.crc32(frame.data, checksum)
+        checksum = crc32(frame.data, checksum)
         frame_bytes += frame.size
     start = _HEADER.pack(_RECORD_MAGIC, len(head), number, durable, frame_bytes, checksum, 0)[:-4]
-    return [b"".join((start, zlib.crc32(start).to_bytes(4, "little"), head)), *(frame.data for frame in frames)]
+    return [b"".join((start, crc32(start).to_bytes(4, "little"), head)), *(frame.data for frame in frames)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +81,14 @@ def _header(data: memoryview, at: int) -> _Header | None:
     if at + _HEADER.size > len(data):
         return None
     magic, head, number, durable, frames, checksum, own = _HEADER.unpack_from(data, at)
-    if magic != _RECORD_MAGIC or own != zlib.crc32(data[at : at + _HEADER.size - 4]):
+    if magic != _RECORD_MAGIC or own != crc32(data[at : at + _HEADER.size - 4]):
         return None
     body = at + _HEADER.size
     return _Header(number, durable, checksum, body, body + head, body + head + frames)
 
 
 def _is_whole(data: memoryview, header: _Header) -> bool:
-    return header.end <= len(data) and zlib.crc32(data[header.head_at : header.end]) == header.checksum
+    return header.end <= len(data) and crc32(data[header.head_at : header.end]) == header.checksum
 
 
 def count_whole(data: memoryview, most_bytes: int) -> tuple[int, int]:
@@ -128,7 +127,7 @@ def adopt_records(data: bytearray, first: int, last: int, durable: int) -> None:
         if header is None or header.number != number or not _is_whole(view, header):
             raise ValueError(f"the bytes at {at} are not record {number}")
         _DURABLE.pack_into(data, at + _DURABLE_AT, durable)
-        checksum = zlib.crc32(view[at : at + _HEADER.size - 4])
+        checksum = crc32(view[at : at + _HEADER.size - 4])
         data[at + _HEADER.size - 4 : at + _HEADER.size] = checksum.to_bytes(4, "little")
         at, number = header.end, number + 1
     if number != last + 1:

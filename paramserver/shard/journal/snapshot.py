@@ -7,7 +7,6 @@ Two files, each written aside, made durable and then given its name: `snapshot-N
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ import safetensors.numpy
 from msgspec import Struct
 from safetensors import SafetensorError
 
+from paramserver.checksum import crc32
 from paramserver.shard.journal.layout import JournalError
 from paramserver.shard.journal.states import FORMAT, Arrays, State
 from paramserver.shard.journal.storage import File, Folder
@@ -44,7 +44,7 @@ class SnapshotWriter:
 
     def write(self, number: int, build: str, state: State, arrays: Arrays) -> Written:
         """Write the arrays as they are now; afterwards they may change."""
-        checksums = {name: zlib.crc32(array.data) for name, array in arrays.items()}
+        checksums = {name: crc32(array.data) for name, array in arrays.items()}
         name = f"{_PREFIX}{number:016d}"
         file = self._folder.create(name + _ARRAYS + ASIDE)
         try:
@@ -147,6 +147,6 @@ def load_newest(folder: Folder) -> tuple[Manifest, Arrays] | None:
     except (SafetensorError, KeyError, ValueError) as error:
         raise JournalError(f"{where}: damaged: {error}; {mend}") from None
     for array, checksum in manifest.checksums.items():
-        if array not in arrays or zlib.crc32(np.ascontiguousarray(arrays[array]).data) != checksum:
+        if array not in arrays or crc32(np.ascontiguousarray(arrays[array]).data) != checksum:
             raise JournalError(f"{where}: damaged: array {array!r} is not what was written; {mend}")
     return manifest, arrays
