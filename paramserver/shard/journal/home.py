@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 from paramserver.job import Job
@@ -43,6 +44,7 @@ class JournalHome:
         if shard in ("", ".", "..") or "/" in shard or "\0" in shard:
             raise JournalError(f"--name {shard!r} cannot be the name of a folder under --state; choose another name")
         self._root = state / shard
+        self._removing = Lock()  # several parts of a job are taken up at once, in threads of their own
 
     def open(self, order: PartOrder) -> tuple[Serving, ShardJournal]:
         with self._mapped(order):
@@ -58,7 +60,8 @@ class JournalHome:
             return self._held(order)
 
     def _held(self, order: PartOrder) -> OsFolder:
-        remove_others(self._root, order.job, KEPT)
+        with self._removing:
+            remove_others(self._root, order.job, KEPT)
         folder = self._hold(self._root / order.job / order.part)
         try:
             if Job.model_validate_json(order.specification).durability.keep == "all":
