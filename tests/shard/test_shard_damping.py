@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from paramserver.encoding import make_encoding
 from paramserver.job import Job
 from paramserver.protocol.layout import Parameter, cut_layout
-from paramserver.protocol.messages import BlockUpdate, Hello, Initialise, Push, ShardOrder
+from paramserver.protocol.messages import BlockUpdate, Hello, Initialise, PartOrder, Push
 from paramserver.shard.core import ShardCore
 from paramserver.shard.damping import Damping
 
@@ -81,14 +81,18 @@ def test_the_first_updates_of_many_workers_move_the_weights_by_little_more_than_
             "optimizer": {"name": "adagrad", "lr": 1.0},
             "consistency": {"settling_updates": settling},
         }
-        core.take_order(ShardOrder("job", json.dumps(specification), 1, 0, LAYOUT, (0,)))
+        core.take_order(PartOrder("shard-0", "job", json.dumps(specification), 1, 0, LAYOUT, (0,)))
         first = Initialise(request=1, job="job", term=1, layout=LAYOUT.fingerprint, blocks=(0,))
         core.handle(b"w0", first, [memoryview(bytes(4 * ELEMENTS))])
         frame = np.empty(4 * ELEMENTS, np.uint8)
         make_encoding("fp32").encode(np.full(ELEMENTS, 1e-3, np.float32), frame)
         for number in range(8):  # each computed on the first values
             name = f"w{number}"
-            core.handle(name.encode(), Hello(worker=name, incarnation=1, job="job", layout=LAYOUT.fingerprint), [])
+            core.handle(
+                name.encode(),
+                Hello(worker=name, incarnation=1, job="job", layout=LAYOUT.fingerprint, part="shard-0"),
+                [],
+            )
             head = {"request": 2, "job": "job", "term": 1, "worker": name, "incarnation": 1, "step": 1}
             core.handle(name.encode(), Push(**head, updates=(BlockUpdate(0, 1, 0, "fp32"),)), [memoryview(frame)])  # type: ignore[arg-type]
         assert core.serving is not None
