@@ -254,6 +254,14 @@ def test_a_rate_with_a_journal_writes_every_update_down(processes: Processes) ->
     assert 1.0 < counted["journal_bytes"] / counted["push_payload_bytes"] < 1.1
 
 
+def test_a_rate_with_backups_stores_every_record_twice(processes: Processes) -> None:
+    elements = 20_000
+    rate = exchange.measure(exchange.Setting(elements, 3, 2, 0.2, INT8_BF16, log="journal", backups=1))
+    for shard in rate.shards:
+        assert shard["record"] >= rate.cycles  # the pushes of all workers, and what the timer published
+        assert shard["stored"] == shard["record"]
+
+
 def test_a_setting_that_no_job_may_have_starts_no_process(processes: Processes) -> None:
     with pytest.raises(InputError, match="momentumm"):
         exchange.measure(exchange.Setting(1000, 1, 1, 0.1, INT8_BF16, {"name": "momentumm"}))
@@ -411,6 +419,8 @@ def test_bench_exchange_and_wire_print_json(capsys: Capture, processes: Processe
         (["wire", "--in-flight", "100"], "at most 64"),
         (["exchange", "--rounds", "0"], "--rounds"),
         (["exchange", "--log", "journl"], "did you mean 'journal'?"),
+        (["exchange", "--backups", "1"], "use --log journal and at least 2 shards"),
+        (["exchange", "--backups", "1", "--log", "journal", "--shards", "1"], "at least 2 shards"),
     ],
 )
 def test_what_the_user_gave_wrong_is_one_message_and_exit_code_2(

@@ -39,6 +39,8 @@ REPORTED = (  # of a shard's report: what only grows
     "bytes_in",
     "bytes_out",
     "journal_bytes",
+    "record",
+    "stored",
 )
 COUNTED = (
     *REPORTED,

@@ -159,7 +159,7 @@ class Stream:
 
     def _message(self, chunk: Chunk | None = None, at: int = 0) -> Replicate:
         shard, incarnation = self._identity()
-        head = Replicate(
+        return Replicate(
             part=self._order.part,
             job=self._order.job,
             term=self._order.term,
@@ -167,16 +167,11 @@ class Stream:
             incarnation=incarnation,
             line=self._line,
             ask=self._ask,
-        )
-        if chunk is None:
-            return head
-        return Replicate(
-            **{name: getattr(head, name) for name in ("part", "job", "term", "shard", "incarnation", "line", "ask")},
             at=at,
-            kind=chunk.kind,
-            begin=chunk.begin,
-            chunk_bytes=chunk.size,
-            record=chunk.record,
+            kind="records" if chunk is None else chunk.kind,
+            begin=0 if chunk is None else chunk.begin,
+            chunk_bytes=0 if chunk is None else chunk.size,
+            record=0 if chunk is None else chunk.record,
         )
 
     def _begin_line(self, now: float) -> bool:
@@ -223,9 +218,12 @@ class Stream:
         self._source.read(piece.chunk, piece.offset, buffer)
 
     def _begin_to_wait(self) -> None:
-        """Let replies wait when little is missing: a backup would never catch up with workers who need not wait."""
+        """Let replies wait when little is missing: a backup would never catch up with workers who need not wait.
+
+        Not before it has stored the snapshot: making that durable and reading it may take seconds.
+        """
         source = self._source
-        if self._waits_from is not None or source is None or not source.is_of_records:
+        if self._waits_from is not None or source is None or not source.is_of_records or not self.stored:
             return
         if source.lag_bytes + self._end_of_chunks - self._received <= NEAR_BYTES:
             self._waits_from = self._journal.number
