@@ -82,6 +82,7 @@ class Failover:
         self._away: dict[str, Away] = {}  # by part
         self._vacant_since: dict[str, float] = {}  # by part that should have a backup and has none
         self._lost: dict[tuple[str, int], Lost] = {}  # by shard and incarnation
+        self._empty_since: dict[str, float] = {}  # by part whose backup in step says that it stores nothing
         self._unfit: dict[tuple[str, str, int], str] = {}  # part, shard, incarnation -> why it cannot hold the part
         self._changed_at = -math.inf  # when the placement changed last
 
@@ -183,6 +184,19 @@ class Failover:
             self._change(part, now, is_synced=True)
             self._note(f"{backup.shard} is in step as backup of part {part.name}", now)
         return away
+
+    def hear_backup(self, part: PlacedPart, report: PartReport, now: float) -> None:
+        """The backup of a part says what it has; one in step that has nothing, and goes on having nothing, is none."""
+        if not part.is_synced or report.record:
+            self._empty_since.pop(part.name, None)
+        elif now - self._empty_since.setdefault(part.name, now) > self._session_seconds / 2:
+            del self._empty_since[part.name]
+            assert part.backup is not None
+            self._change(part, now, backup=None, is_synced=False, grants=part.grants + 1)
+            text = (
+                f"{part.backup.shard} has lost what it stored of part {part.name}; {part.primary.shard} goes on without"
+            )
+            self._note(text, now)
 
     # ----------------------------------------------------------------------------- the rules
 

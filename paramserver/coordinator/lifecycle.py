@@ -307,6 +307,7 @@ class JobRun:
             pass  # its order is on the way
         elif role == "backup":
             self.telemetry.backups[placed.name] = report
+            self.failover.hear_backup(placed, report, now)
         elif report.blocks != len(placed.blocks):
             self._count("inconsistent-report")
         else:

@@ -303,6 +303,21 @@ def test_a_backup_that_cannot_hold_a_part_is_replaced_and_the_job_goes_on(cluste
     assert holders(cluster)["shard-0"] == ("shard-0", "shard-2")
 
 
+def test_a_backup_in_step_that_lost_what_it_stored_holds_its_primary_up_for_a_moment_only(cluster: Cluster) -> None:
+    train(cluster)
+    cluster.shard("shard-0").push(cluster, "shard-0", 1, 7)
+    forgetful = cluster.shard("shard-1")
+    forgetful.has_forgotten = {"shard-0"}
+    cluster.run(SESSION_SECONDS)
+    assert "shard-1 has lost what it stored of part shard-0; shard-0 goes on without" in words(cluster)
+    assert parts(cluster)["shard-0"]["grants"] == 1
+    assert cluster.shard("shard-0").push(cluster, "shard-0", 1, 8)
+    forgetful.has_forgotten = set()
+    cluster.run(REPLACE_SECONDS + 3)
+    assert parts(cluster)["shard-0"]["is_synced"]
+    assert {name for name, part in parts(cluster).items() if part["grants"]} == {"shard-0"}
+
+
 # --------------------------------------------------------------------- the coordinator is away
 
 
@@ -384,7 +399,7 @@ def test_status_says_of_each_part_who_serves_it_and_how_far_its_backup_is_behind
     cluster.run(1)
     part = parts(cluster)["shard-0"]
     assert (part["shard"], part["backup"], part["term"], part["is_synced"]) == ("shard-0", "shard-1", 1, True)
-    assert (part["record"], part["lag_records"], part["seconds_away"]) == (1, 0, None)
+    assert (part["record"], part["lag_records"], part["seconds_away"]) == (2, 0, None)
 
 
 def test_the_first_placement_evens_out_what_shards_hold_in_both_roles() -> None:
