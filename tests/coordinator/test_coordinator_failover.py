@@ -408,7 +408,7 @@ def test_the_first_placement_evens_out_what_shards_hold_in_both_roles() -> None:
     assert [(part.primary.shard, part.backup and part.backup.shard) for part in placement.parts] == [
         ("a", "b"), ("b", "c"), ("c", "a"),
     ]  # fmt: skip
-    assert loads(placement, LAYOUT, shards) == {"a": 160, "b": 200, "c": 120}
+    assert loads(placement.parts, shards) == {"a": 160, "b": 200, "c": 120}
 
 
 def test_workers_that_join_hear_of_the_present_placement_only(cluster: Cluster) -> None:
@@ -441,9 +441,9 @@ def test_a_report_about_an_earlier_backup_does_not_make_the_present_one_synced(c
     assert part.backup is not None
     assert part.backup.shard == "shard-2"
     keeper.hear(session, part, late, cluster.now)
-    assert not keeper._known("shard-0").is_synced
+    assert not keeper._parts["shard-0"].is_synced
     stale = msgspec.structs.replace(late, partner="shard-2", partner_incarnation=1)
     keeper.hear(session, part, stale, cluster.now)
-    assert not keeper._known("shard-0").is_synced, "the same process, but an earlier partnership"
+    assert not keeper._parts["shard-0"].is_synced, "the same process, but an earlier partnership"
     keeper.hear(session, part, msgspec.structs.replace(stale, partner_number=part.partnership), cluster.now)
-    assert keeper._known("shard-0").is_synced
+    assert keeper._parts["shard-0"].is_synced
