@@ -83,6 +83,7 @@ class FakeShard:
         self.initialised: set[int] = set()
         self.waits_for: dict[str, Partnership] = {}  # part -> the backup that is in step
         self.job = ""
+        self.bytes_in = 0
         self.has_forgotten: set[str] = set()  # parts whose records are gone from its disk
 
     @property
@@ -106,6 +107,7 @@ class FakeShard:
             blocks=len(order.blocks),
             initialised_blocks=len(self.initialised & set(order.blocks)),
             updates=7,
+            bytes_in=self.bytes_in,
             staleness=(StalenessRow("worker-0", "one", (3, 4), 4),),
             record=record,
             stored=record if order.part in self.waits_for else 0,

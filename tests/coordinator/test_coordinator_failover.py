@@ -372,6 +372,20 @@ def test_what_happened_and_what_was_counted_survive_a_restart_of_the_coordinator
     assert after["parts"]["shard-1"]["term"] == 2
 
 
+def test_a_restarted_coordinator_takes_what_was_pushed_before_for_no_sudden_rate(cluster: Cluster) -> None:
+    train(cluster)
+    for name in ("shard-0", "shard-1", "shard-2"):
+        cluster.shard(name).bytes_in = 10**9
+    cluster.run(10)
+    assert job(cluster)["pushed_bytes"] == 3 * 10**9
+    cluster.kill_coordinator()
+    cluster.restart_coordinator()
+    cluster.metrics.clear()
+    cluster.run(8)
+    assert {line["pushed_bytes_a_second"] for line in cluster.metrics} == {0.0}
+    assert job(cluster)["pushed_bytes"] == 3 * 10**9
+
+
 def test_a_job_that_an_earlier_release_had_placed_fails_with_what_to_do(cluster: Cluster) -> None:
     train(cluster)
     stored = cluster.store.load()
