@@ -148,7 +148,7 @@ def _part_rows(parts: Figures) -> list[tuple[str, str]]:
             lag = f", {count(part['lag_records'])} records behind" if part["lag_records"] else ""
             text += f", backup {part['backup']} {state}{lag}"
         if part["failovers"]:
-            text += f", {count(part['failovers'])} failovers"
+            text += f", {count(part['failovers'])} failover(s)"
         rows.append((f"part {name}", text))
     return rows
 

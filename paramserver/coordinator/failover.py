@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from paramserver.coordinator.placement import Holder, PlacedPart, Placement, after, loads, part_bytes
+from paramserver.coordinator.placement import Holder, PlacedPart, Placement, after, loads
 from paramserver.coordinator.sessions import Session
 from paramserver.protocol.layout import Layout
 from paramserver.protocol.messages import PartReport
@@ -20,6 +20,7 @@ from paramserver.protocol.messages import PartReport
 RETURN_SECONDS = 10.0  # how long a shard may take to be heard again, after the coordinator's restart or its own death
 RECOVERY_SECONDS = 60.0  # how long nobody may serve a part before the job fails
 REPLACE_SECONDS = 10.0  # so long a lost backup's place is kept for a shard that holds nothing; then any may take it
+LOOK_SECONDS = 0.05  # between two looks at the whole placement, unless something has happened
 CALM_SECONDS = 3.0  # how long nothing may have changed before the load is evened out
 EVEN_ENOUGH = 0.75  # something moves only where its new shard then has at most so much of what its old one had
 
@@ -67,7 +68,6 @@ class Failover:
         store: Callable[[Placement], None],
         note: Callable[[str, float], None],
     ) -> None:
-        self.placement: Placement | None = None
         self.layout: Layout | None = None
         self.revision = 0  # of the placement: grows with every change
         self.seconds: list[float] = []
@@ -79,9 +79,12 @@ class Failover:
         self._due_at = due_at
         self._store = store
         self._note = note
+        self._parts: dict[str, PlacedPart] = {}
+        self._look_due = -math.inf
         self._away: dict[str, Away] = {}  # by part
         self._vacant_since: dict[str, float] = {}  # by part that should have a backup and has none
         self._lost: dict[tuple[str, int], Lost] = {}  # by shard and incarnation
+        self._empty_since: dict[str, float] = {}  # by part whose backup in step says that it stores nothing
         self._unfit: dict[tuple[str, str, int], str] = {}  # part, shard, incarnation -> why it cannot hold the part
         self._changed_at = -math.inf  # when the placement changed last
 
@@ -89,15 +92,20 @@ class Failover:
 
     def begin(self, placement: Placement, layout: Layout) -> None:
         """Take up a first placement, or the stored one of an earlier coordinator."""
-        self.placement, self.layout = placement, layout
+        self._parts, self.layout = {part.name: part for part in placement.parts}, layout
         self.revision += 1
+        self._look_due = -math.inf
+
+    @property
+    def is_placed(self) -> bool:
+        return self.layout is not None
 
     def part(self, name: str) -> PlacedPart | None:
-        return None if self.placement is None else self.placement.part(name)
+        return self._parts.get(name)
 
     @property
     def parts(self) -> tuple[PlacedPart, ...]:
-        return () if self.placement is None else self.placement.parts
+        return tuple(self._parts.values())
 
     def role_of(self, session: Session, part: PlacedPart) -> Literal["primary", "backup"] | None:
         """What this very process is to the part."""
@@ -121,8 +129,7 @@ class Failover:
         """Which parts nobody serves, in words; empty where all are served."""
         texts = []
         for name, away in sorted(self._away.items()):
-            part = self.part(name)
-            assert part is not None
+            part = self._parts[name]
             if away.then != "waits":
                 texts.append(f"waiting for {part.primary.shard} to serve part {name}")
             else:
@@ -137,16 +144,15 @@ class Failover:
 
     def _change(self, part: PlacedPart, now: float, **changes: Any) -> PlacedPart:
         """Store the part's new situation; orders that rest on it can only follow."""
-        assert self.placement is not None
         changed = replace(part, **changes)
         assert changed.term >= part.term
         if changed.backup is not None and changed.backup != part.backup:
             changed = replace(changed, partnership=part.partnership + 1)
-        parts = tuple(changed if one.name == part.name else one for one in self.placement.parts)
-        self.placement = replace(self.placement, parts=parts)
+        self._parts[part.name] = changed
         self.revision += 1
         self._changed_at = now
-        self._store(self.placement)
+        self._look_due = -math.inf
+        self._store(Placement(self.parts))
         return changed
 
     # -------------------------------------------------------------------------- what is heard
@@ -156,18 +162,20 @@ class Failover:
         if any(self.role_of(session, part) for part in self.parts):
             how = f"it was not heard of for {now - session.heard_at:.1f} s"
             self._lost[session.name, session.incarnation] = Lost(session.heard_at, how)
+            self._look_due = -math.inf
 
     def unfit(self, session: Session, part: PlacedPart, why: str, now: float) -> None:
         """This process says that it cannot hold the part, for good."""
         if self._may_hold(part, session):
             self._unfit[part.name, session.name, session.incarnation] = why
+            self._look_due = -math.inf
             self._note(f"{session.name} cannot hold part {part.name}: {why}", now)
 
     def hear(self, session: Session, part: PlacedPart, report: PartReport, now: float) -> Away | None:
         """The primary of a part says that it serves it under its term. Returns what that ends, if nobody served it."""
         away = self._away.pop(part.name, None)
         if away is not None:
-            seconds = now - away.since
+            seconds, self._look_due = now - away.since, -math.inf
             if away.then == "failover":
                 self.seconds.append(seconds)
             what = {
@@ -184,21 +192,37 @@ class Failover:
             self._note(f"{backup.shard} is in step as backup of part {part.name}", now)
         return away
 
+    def hear_backup(self, part: PlacedPart, report: PartReport, now: float) -> None:
+        """The backup of a part says what it has; one in step that has nothing, and goes on having nothing, is none."""
+        if not part.is_synced or report.record:
+            self._empty_since.pop(part.name, None)
+        elif now - self._empty_since.setdefault(part.name, now) > self._session_seconds / 2:
+            del self._empty_since[part.name]
+            assert part.backup is not None
+            self._change(part, now, backup=None, is_synced=False, grants=part.grants + 1)
+            text = (
+                f"{part.backup.shard} has lost what it stored of part {part.name}; {part.primary.shard} goes on without"
+            )
+            self._note(text, now)
+
     # ----------------------------------------------------------------------------- the rules
 
     def look(self, shards: Shards, now: float) -> str:
-        """Put the placement right. Returns why the job cannot go on; empty where it can."""
-        for name in [part.name for part in self.parts]:
+        """Put the placement right, if it was not looked at just now. Returns why the job cannot go on; empty else."""
+        if now < self._look_due:
+            return ""
+        self._look_due = now + LOOK_SECONDS
+        for name in list(self._parts):
             if why := self._look_at(name, shards, now):
                 return why
-        if self.parts and self._backups and now >= self._settled_at:
+        if self._parts and self._backups and now >= self._settled_at:
             self._find_backups(shards, now)
             if self._is_calm(shards, now):
                 self._even_out(shards, now)
         return ""
 
     def _look_at(self, name: str, shards: Shards, now: float) -> str:
-        part = self._known(name)
+        part = self._parts[name]
         if self._is_fit(part, part.primary, shards):
             self._grant(part, shards, now)
         elif self._is_gone(part, shards, now) and (why := self._miss_primary(part, shards, now)):
@@ -207,7 +231,7 @@ class Failover:
         if away is not None and now - away.since > RECOVERY_SECONDS:
             why = self._unfit.get((name, part.primary.shard, part.primary.incarnation), "")
             how = f"it did not come back within {RECOVERY_SECONDS:.0f} s" + (f"; it says: {why}" if why else "")
-            return self._epitaph(self._known(name), how)
+            return self._epitaph(self._parts[name], how)
         return ""
 
     def _is_gone(self, part: PlacedPart, shards: Shards, now: float) -> bool:
@@ -280,9 +304,11 @@ class Failover:
         """A new backup, not in step yet, for each part that is served without one."""
         lonely = {part.name for part in self.parts if part.backup is None and part.name not in self._away}
         self._vacant_since = {name: self._vacant_since.get(name, now) for name in lonely}
+        if not lonely:
+            return
         idle = {name for name, session in shards.items() if not self.held_by(session)}
         for name, since in self._vacant_since.items():
-            part = self._known(name)
+            part = self._parts[name]
             free = [
                 shard
                 for shard, session in shards.items()
@@ -291,9 +317,7 @@ class Failover:
                 and (shard in idle or now - since > REPLACE_SECONDS)
             ]
             if free:
-                assert self.placement is not None
-                assert self.layout is not None
-                load, ring = loads(self.placement, self.layout, free), after(sorted(shards), part.primary.shard)
+                load, ring = loads(self._parts.values(), free), after(sorted(shards), part.primary.shard)
                 chosen = shards[min(free, key=lambda shard: (load[shard], ring.index(shard)))]
                 self._change(part, now, backup=holder_of(chosen))
                 self._note(f"{chosen.name} becomes backup of part {name}", now)
@@ -308,28 +332,26 @@ class Failover:
         """Give work back to a shard that has less than its share, since it was away: one step at a time.
 
         A backup in step is made primary where its shard serves less than the primary's. Where none is, a backup moves
-        from the shard that holds most to the one that holds least; until that one is in step the part has no backup.
+        to the shard that serves least from one that holds more; until that one is in step the part has no backup.
         """
-        assert self.layout is not None
-        assert self.placement is not None
         served = dict.fromkeys(shards, 0)
         for part in self.parts:
-            served[part.primary.shard] += part_bytes(part, self.layout)
-        held = loads(self.placement, self.layout, shards)
-        least = min(sorted(shards), key=lambda shard: held[shard])
+            served[part.primary.shard] += part.weights_bytes
+        held = loads(self._parts.values(), shards)
+        least = min(sorted(shards), key=lambda shard: (served[shard], held[shard]))
         handing, moving = [], []
         for part in self.parts:
             assert part.backup is not None
-            size, primary, backup = part_bytes(part, self.layout), part.primary.shard, part.backup.shard
+            size, primary, backup = part.weights_bytes, part.primary.shard, part.backup.shard
             if self._is_fit(part, part.backup, shards):
                 handing.append(((served[backup] + size) / served[primary], part.name))
             if least not in (primary, backup) and self._may_hold(part, shards[least]):
                 # Rather one whose primary serves much: it can be handed over next.
                 moving.append((held[least] + size <= EVEN_ENOUGH * held[backup], served[primary], part.name))
         if handing and min(handing)[0] <= EVEN_ENOUGH:
-            self._hand_over(self._known(min(handing)[1]), now)
+            self._hand_over(self._parts[min(handing)[1]], now)
         elif moving and max(moving)[0]:
-            part = self._known(max(moving)[2])
+            part = self._parts[max(moving)[2]]
             self._change(part, now, backup=holder_of(shards[least]), is_synced=False)
             self._note(f"{least} becomes backup of part {part.name}, to even out the load", now)
 
@@ -351,11 +373,6 @@ class Failover:
     def _may_hold(self, part: PlacedPart, session: Session) -> bool:
         return (part.name, session.name, session.incarnation) not in self._unfit
 
-    def _known(self, name: str) -> PlacedPart:
-        part = self.part(name)
-        assert part is not None, f"part {name!r} is placed"
-        return part
-
     def _why_lost_for_good(self, part: PlacedPart, shards: Shards) -> str:
         """Without a journal nothing brings the part back."""
         if part.primary.shard in shards:
@@ -372,7 +389,7 @@ class Failover:
             mend += "; durability {log: journal} survives such a death, and with backups: 1 nobody waits for it"
         return (
             f"{part.primary.shard!r} died ({how}) and with it {len(part.blocks)} of {len(self.layout.blocks)} blocks, "
-            f"{part_bytes(part, self.layout) / 1e6:.1f} MB of weights; no backup in step could take over: start the "
+            f"{part.weights_bytes / 1e6:.1f} MB of weights; no backup in step could take over: start the "
             f"shard again and {mend}"
         )
 

@@ -106,6 +106,7 @@ class JobRun:
             store=self._store_placement,
             note=self.note,
         )
+        self._addresses: tuple[int, tuple[PartAddress, ...]] = (0, ())  # and the revision that they are of
         self._orders = ShardOrders(record.id, record.specification, self.failover)
         self._restore(documents, list(results))
 
@@ -216,9 +217,9 @@ class JobRun:
             self.checkpoints.advance(self, workers, now)
 
     def _advance_initialising(self, shards: list[Session], now: float) -> None:
-        if self.layout is not None and self.failover.placement is None:
+        if self.layout is not None and not self.failover.is_placed:
             self._place(shards, now)
-        if self.failover.placement is None or self.book.left("initialise"):
+        if not self.failover.is_placed or self.book.left("initialise"):
             return
         reports = self._serving_reports(shards)
         if reports is not None and all(report.initialised_blocks == report.blocks for report in reports):
@@ -278,7 +279,7 @@ class JobRun:
         """What the job cannot go on without, in words; empty when nothing is missing."""
         if self.state in FINAL_STATES:
             return ""
-        if self.failover.placement is None and len(shards) < self.job.cluster.shards:
+        if not self.failover.is_placed and len(shards) < self.job.cluster.shards:
             return f"waiting for shards: {len(shards)} of {self.job.cluster.shards} are here"
         if away := self.failover.waits_for():
             return away
@@ -318,6 +319,7 @@ class JobRun:
             pass  # its order is on the way
         elif role == "backup":
             self.telemetry.backups[placed.name] = report
+            self.failover.hear_backup(placed, report, now)
         elif report.blocks != len(placed.blocks):
             self._count("inconsistent-report")
         else:
@@ -420,11 +422,13 @@ class JobRun:
 
     def addresses(self) -> tuple[PartAddress, ...]:
         """Where workers find the parts."""
-        return addresses(self.failover.parts)
+        if self._addresses[0] != self.failover.revision:
+            self._addresses = self.failover.revision, addresses(self.failover.parts)
+        return self._addresses[1]
 
     def is_placed(self, shards: list[Session]) -> bool:
         """Whether workers may be sent to the shards: the blocks are placed and every part is served."""
-        if self.failover.placement is None:
+        if not self.failover.is_placed:
             return False
         return self.state != "initialising" or self._serving_reports(shards) is not None
 

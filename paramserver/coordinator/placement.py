@@ -38,6 +38,7 @@ class PlacedPart:
     term: int
     blocks: tuple[int, ...]
     primary: Holder
+    weights_bytes: int  # of its blocks, at full precision
     backup: Holder | None = None
     is_synced: bool = False
     partnership: int = 0  # grows with every new backup, also with the same process again
@@ -48,9 +49,6 @@ class PlacedPart:
 @dataclass(frozen=True)
 class Placement:
     parts: tuple[PlacedPart, ...]
-
-    def part(self, name: str) -> PlacedPart | None:
-        return next((part for part in self.parts if part.name == name), None)
 
 
 def balance(layout: Layout, shards: Sequence[str], wanted: int) -> dict[str, tuple[int, ...]]:
@@ -92,6 +90,7 @@ def place(layout: Layout, shards: Mapping[str, Holder], wanted: int, has_backups
                 term=1,
                 blocks=blocks,
                 primary=shards[name],
+                weights_bytes=sum(4 * layout.blocks[block].elements for block in blocks),
                 backup=shards[after(ring, name)[0]] if has_backups and len(ring) > 1 else None,
                 partnership=1,
             )
@@ -105,17 +104,11 @@ def after(ring: Sequence[str], name: str) -> list[str]:
     return [one for one in ring if one > name] + [one for one in ring if one < name]
 
 
-def loads(placement: Placement, layout: Layout, shards: Iterable[str]) -> dict[str, int]:
+def loads(parts: Iterable[PlacedPart], shards: Iterable[str]) -> dict[str, int]:
     """Bytes of weights that each of these shards holds, as primary and as backup."""
     found = dict.fromkeys(shards, 0)
-    for part in placement.parts:
-        size = part_bytes(part, layout)
+    for part in parts:
         for holder in (part.primary, part.backup):
             if holder is not None and holder.shard in found:
-                found[holder.shard] += size
+                found[holder.shard] += part.weights_bytes
     return found
-
-
-def part_bytes(part: PlacedPart, layout: Layout) -> int:
-    """Bytes of the part's weights at full precision."""
-    return sum(4 * layout.blocks[block].elements for block in part.blocks)

@@ -21,6 +21,8 @@ from paramserver.router.leases import EVALUATED_SPLITS, split_name
 def job_figures(run: JobRun, waiting: str, now: float) -> dict[str, Any]:
     """The status of a job that runs or that ended last."""
     telemetry = run.telemetry
+    if run.is_settling(now):
+        telemetry.forget_samples()
     rates = telemetry.sample(now, telemetry.totals())
     loss = telemetry.loss()
     figures: dict[str, Any] = {

@@ -135,6 +135,10 @@ class Telemetry:
             for name, total in totals.items()
         }
 
+    def forget_samples(self) -> None:
+        """Take rates from now on: the totals were those of some processes only."""
+        self._samples.clear()
+
     def totals(self) -> dict[str, float]:
         """What rates are taken of."""
         shards = self.parts.values()

@@ -83,6 +83,8 @@ class FakeShard:
         self.initialised: set[int] = set()
         self.waits_for: dict[str, Partnership] = {}  # part -> the backup that is in step
         self.job = ""
+        self.bytes_in = 0
+        self.has_forgotten: set[str] = set()  # parts whose records are gone from its disk
 
     @property
     def order(self) -> PartOrder | None:
@@ -95,7 +97,8 @@ class FakeShard:
         return ShardReport(tuple([self._report(order) for order in self.orders.values()]))
 
     def _report(self, order: PartOrder) -> PartReport:
-        record = len(self.disk.get(order.part, []))
+        # The first record of a journal is the order itself.
+        record = 0 if order.part in self.has_forgotten else 1 + len(self.disk.get(order.part, []))
         return PartReport(
             part=order.part,
             job=order.job,
@@ -104,6 +107,7 @@ class FakeShard:
             blocks=len(order.blocks),
             initialised_blocks=len(self.initialised & set(order.blocks)),
             updates=7,
+            bytes_in=self.bytes_in,
             staleness=(StalenessRow("worker-0", "one", (3, 4), 4),),
             record=record,
             stored=record if order.part in self.waits_for else 0,

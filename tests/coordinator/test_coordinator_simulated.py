@@ -17,6 +17,7 @@ import pytest
 from coordinator_fakes import Cluster, FakeShard, FakeWorker, specification
 
 from paramserver.coordinator.effects import Effect, SaveDocument, SaveDone, SaveJob, SaveName, Send
+from paramserver.protocol.membership import MembershipError
 from paramserver.protocol.messages import Message, Orders, PartOrder, ShardOrder
 
 FAULT_SECONDS = 50.0
@@ -81,14 +82,23 @@ class Simulation(Cluster):
                         self._check_placement({part["name"]: part for part in effect.body["parts"]})
                 case Send(peer=peer, message=message):
                     self._check_orders(self.peers.get(peer), message)
-                    name = peer.decode()
-                    self._on_the_way(("to", name), lambda effect=effect: super(Simulation, self).carry_out([effect]))  # type: ignore[misc]
+                    self._on_the_way(("to", peer.decode()), lambda effect=effect: self._arrive(effect))  # type: ignore[misc]
             if self.crash_in is not None:
                 self.crash_in -= 1
                 if self.crash_in <= 0:
                     self.crash_in = None
                     self.die()
                     return
+
+    def _arrive(self, effect: Send) -> None:
+        try:
+            super().carry_out([effect])
+        except MembershipError:
+            # Its dead namesake's session lasts longer than it can wait, since the coordinator was away too: it ends.
+            process = self.peers[effect.peer]
+            assert isinstance(process, FakeShard)
+            self.kill(process.name)
+            self.after(1.0, lambda: self.start_again(process))
 
     def deliver(self, process: FakeShard | FakeWorker, message: Message) -> None:
         way = "from", f"{process.name} {id(process)}"

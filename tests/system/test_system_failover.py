@@ -19,8 +19,9 @@ Make = Callable[..., LocalCluster]
 Job = Callable[..., Path]
 Poll = Callable[..., Any]
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 STEPS = 100
+START_SECONDS = 180.0  # a loaded machine starts five processes and compiles kernels
 SERVE_AGAIN_SECONDS = 2.0  # of the session's end
 
 
@@ -43,7 +44,7 @@ def _is_over(cluster: LocalCluster, job: str) -> bool:
 
 def _end(cluster: LocalCluster, job: str, poll: Poll) -> dict[str, Any]:
     """The result of a job that is done."""
-    poll("the job to end", lambda: _is_over(cluster, job), 200, 0.3)
+    poll("the job to end", lambda: _is_over(cluster, job), 600, 0.3)
     result = dict(json.loads((cluster.topology.runs / job / "result.json").read_text()))
     assert result["state"] == "done", (result["reason"], result["events"])
     return result
@@ -71,8 +72,8 @@ def test_a_killed_shards_blocks_are_served_by_its_backup_and_no_update_is_lost_o
     local_cluster: Make, tiny_job: Job, poll: Poll
 ) -> None:
     cluster = local_cluster(shards=3, workers=2)
-    job = _submit(cluster, tiny_job("failover", shards=3, workers=2, log="journal", epochs=3))
-    poll("the workers to train and the backups to be in step", _trains_in_step(cluster, STEPS), 90)
+    job = _submit(cluster, tiny_job("failover", shards=3, workers=2, log="journal", epochs=2))
+    poll("the workers to train and the backups to be in step", _trains_in_step(cluster, STEPS), START_SECONDS)
     cluster.kill("shard-1")
     assert _status(cluster)["state"] == "training", "the kill came too late to prove anything"
     poll("the backup to serve", lambda: _status(cluster)["failover_seconds"], 30)
@@ -90,12 +91,13 @@ def test_a_killed_shards_blocks_are_served_by_its_backup_and_no_update_is_lost_o
     _is_exact(result, _status(cluster))
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_started_again_is_backup_and_then_serves_its_blocks_again(
     local_cluster: Make, tiny_job: Job, poll: Poll
 ) -> None:
     cluster = local_cluster(shards=3, workers=2)
-    job = _submit(cluster, tiny_job("returned", shards=3, workers=2, log="journal", epochs=8))
-    poll("the workers to train and the backups to be in step", _trains_in_step(cluster, STEPS), 90)
+    job = _submit(cluster, tiny_job("returned", shards=3, workers=2, log="journal", epochs=6))
+    poll("the workers to train and the backups to be in step", _trains_in_step(cluster, STEPS), START_SECONDS)
     cluster.kill("shard-1")
     poll("the backup to serve", lambda: _status(cluster)["failover_seconds"], 30)
     cluster.start_shard("shard-1")
@@ -109,12 +111,13 @@ def test_a_shard_that_is_started_again_is_backup_and_then_serves_its_blocks_agai
     _is_exact(result, _status(cluster))
 
 
+@pytest.mark.slow
 def test_a_stopped_shard_that_wakes_up_acknowledges_nothing_under_its_old_term(
     local_cluster: Make, tiny_job: Job, poll: Poll
 ) -> None:
     cluster = local_cluster(shards=3, workers=2)
     job = _submit(cluster, tiny_job("stopped", shards=3, workers=2, log="journal", epochs=6))
-    poll("the workers to train and the backups to be in step", _trains_in_step(cluster, STEPS), 90)
+    poll("the workers to train and the backups to be in step", _trains_in_step(cluster, STEPS), START_SECONDS)
     sleeper = cluster.pids()["shard-1"]
     os.kill(sleeper, signal.SIGSTOP)
     try:
@@ -129,12 +132,13 @@ def test_a_stopped_shard_that_wakes_up_acknowledges_nothing_under_its_old_term(
     _is_exact(result, _status(cluster))
 
 
+@pytest.mark.slow
 def test_both_holders_of_a_part_and_the_coordinator_die_and_the_job_goes_on(
     local_cluster: Make, tiny_job: Job, poll: Poll
 ) -> None:
     cluster = local_cluster(shards=2, workers=2)
     job = _submit(cluster, tiny_job("all", shards=2, workers=2, log="journal", epochs=4))
-    poll("the workers to train and the backups to be in step", _trains_in_step(cluster, STEPS), 90)
+    poll("the workers to train and the backups to be in step", _trains_in_step(cluster, STEPS), START_SECONDS)
     for name in ("coordinator", "shard-0", "shard-1"):
         cluster.kill(name)
     cluster.start_coordinator()
