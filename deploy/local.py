@@ -316,12 +316,6 @@ class LocalCluster:
         child.process.kill()
         child.process.wait()
 
-    def end(self, name: str, notice_seconds: float = NOTICE_SECONDS) -> int:
-        """Ask one process to end, and reap it: no death is reported. Returns its exit code."""
-        child = self._children.pop(name)
-        _end([child], notice_seconds)
-        return child.process.wait()
-
     def stop(self, notice_seconds: float = NOTICE_SECONDS) -> None:
         """Workers first, so that they can flush; then shards; the coordinator last. Reaps all. Idempotent."""
         if self._stopped:

@@ -66,21 +66,19 @@ class Kill(Fault):
 
 
 class Restart(Fault):
-    """An orderly end by SIGTERM, and a new process at once."""
-
-    _exit_code: int | None = None
+    """An orderly end by SIGTERM, and a new process as soon as the old one is gone."""
 
     def begin(self) -> None:
-        self._exit_code = self.cluster.end(self.planned.target)
-        self.cluster.start_again(self.planned.target)
+        os.kill(self.pid, signal.SIGTERM)
 
     def evidence(self, deaths: Sequence[Death]) -> Evidence:
-        now = self.cluster.pids().get(self.planned.target, self.pid)
-        text = f"pid {self.pid} ended with exit code {self._exit_code}, pid {now} has its place"
-        return Evidence(self._exit_code == 0 and now != self.pid, text)
+        found = [death for death in deaths if death.name == self.planned.target]
+        has_fired = any(death.is_in_order for death in found)
+        return Evidence(has_fired, f"pid {self.pid}: {found[0].phrase if found else 'has not ended'}")
 
     def end(self) -> None:
-        """It runs again."""
+        if self.planned.target not in self.cluster.pids():
+            self.cluster.start_again(self.planned.target)
 
 
 class Stop(Fault):
@@ -115,7 +113,8 @@ class Cut(Fault):
             f"{self._hit} connections hit: {report.closed} closed, {report.refused} tried in vain, "
             f"{report.held_bytes} bytes kept back"
         )
-        return Evidence(report.has_fired, text)
+        # A connection that was held for all of its time was cut, also where nobody had anything to say.
+        return Evidence(report.has_fired or (self._healed is not None and self._hit > 0), text)
 
     def end(self) -> None:
         self._healed = self.cluster.wires.heal(self._name)
@@ -131,13 +130,16 @@ class FullDisk(Fault):
         self._log = self.cluster.log_path(self.planned.target)
         self._seen = self._log.stat().st_size
         self._before = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)
-        sizes = [path.stat().st_size for path in self._segments()]
-        # The journal is refused where it is now, or as soon as it is as long as the log may still become.
-        limit = max([self._seen + LOG_ROOM_BYTES, *sizes])
+        # A journal is refused where it is now, or as soon as it is as long as the log may still become.
+        limit = max(self._seen + LOG_ROOM_BYTES, min(self._present_sizes(), default=0))
         resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (limit, self._before[1]))
 
-    def _segments(self) -> list[Path]:
-        return list((self.cluster.shard_state / self.planned.target).rglob("segment-*.log"))
+    def _present_sizes(self) -> list[int]:
+        """Of the segments that are written to: the last one of each journal."""
+        last: dict[Path, Path] = {}
+        for path in sorted((self.cluster.shard_state / self.planned.target).rglob("segment-*.log")):
+            last[path.parent] = path
+        return [path.stat().st_size for path in last.values()]
 
     def evidence(self, deaths: Sequence[Death]) -> Evidence:
         with self._log.open("rb") as file:

@@ -39,7 +39,7 @@ from paramserver.process import StopRequest
 TICK_SECONDS = 0.1
 SAMPLE_SECONDS = 0.2
 TARGET_SECONDS = 30.0  # that a fault waits for its target to run again
-PROOF_SECONDS = 10.0  # that a fault may take to show that it happened
+PROOF_SECONDS = 15.0  # that a fault may take to show that it happened
 BEGIN_SECONDS = 180.0  # that a job may take to begin training
 END_SECONDS = 300.0  # beyond its time, that it may take to end
 WARM_STEPS = 20  # of every worker, before anything is measured
@@ -120,8 +120,7 @@ class Tormentor:
             begun = self._await_training(watch)
             self._pause(watch, seconds)
             ended = self._status(watch)
-            self._call(lambda api: api.cancel(self._job))
-            self._await(watch, lambda status: status.state in FINAL, "the job to be cancelled", PROOF_SECONDS)
+            self._cancel(watch)
         elapsed = float(ended.body["uptime_seconds"]) - float(begun.body["uptime_seconds"])
         return float(ended.job["steps"] - begun.job["steps"]) / elapsed
 
@@ -142,9 +141,8 @@ class Tormentor:
                 outcome, recovery = self._strike(planned, watch, began)
                 outcomes.append(outcome)
                 recoveries.append(recovery)
-            left = began + seconds - time.monotonic()
-            self._await(watch, lambda status: status.state in FINAL, "the job to end", max(0.0, left) + END_SECONDS)
-            self._close_recoveries()
+            self._end_job(watch, began + seconds + END_SECONDS)
+            self._close_recoveries(watch)
         self._cluster.stop()
         proof, noted = prove_files(self._cluster.accounts, self._job, self._tap)
         windows = [(one.fired_at, one.recovered_at or self._samples[-1].at) for one in recoveries if one is not None]
@@ -157,6 +155,19 @@ class Tormentor:
             outcomes=[_with_recovery(outcome, one) for outcome, one in zip(outcomes, recoveries, strict=True)],
             deaths=self._deaths,
         )
+
+    def _end_job(self, watch: StatusWatch, give_up_at: float) -> None:
+        """Wait until the job is over, or cancel it when its time is: what it did is proven all the same."""
+        try:
+            left = max(END_SECONDS, give_up_at - time.monotonic())
+            self._await(watch, lambda status: status.state in FINAL, "the job to end", left)
+        except ChaosError as error:
+            self._tell(f"{error}; it is cancelled")
+            self._cancel(watch)
+
+    def _cancel(self, watch: StatusWatch) -> None:
+        self._call(lambda api: api.cancel(self._job))
+        self._await(watch, lambda status: status.state in FINAL, "the job to be cancelled", PROOF_SECONDS)
 
     def _submit(self, job: Job) -> None:
         self._samples.clear()
@@ -219,10 +230,12 @@ class Tormentor:
                 return
             self._pause(watch, TICK_SECONDS)
 
-    def _close_recoveries(self) -> None:
-        """The job is over: what is still open has ended with it."""
-        for recovery in self._open:
-            recovery.recovered_at = time.monotonic()
+    def _close_recoveries(self, watch: StatusWatch) -> None:
+        """A job that has come to its end needs no more recovery; one that has not was not recovered."""
+        status = watch.latest
+        if status is not None and status.state == "done":
+            for recovery in self._open:
+                recovery.recovered_at = time.monotonic()
         self._open.clear()
 
     # --------------------------------------------------------------------------------- ticks
@@ -238,7 +251,7 @@ class Tormentor:
 
     def _tick(self, watch: StatusWatch) -> None:
         for happening in self._supervision.look():
-            if happening.outcome == "died":
+            if happening.outcome in ("died", "left"):
                 self._deaths.append(happening.death)
             elif happening.outcome == "given up":
                 raise ChaosError(happening.text)

@@ -98,7 +98,7 @@ def _by_kind(outcomes: list[Outcome]) -> dict[str, Any]:
 
 def _unplanned(run: Run) -> list[str]:
     """Deaths beyond those that faults have caused."""
-    expected = [o.planned.target for o in run.outcomes if o.planned.kind.startswith("kill-") and o.evidence.has_fired]
+    expected = [one.planned.target for one in run.outcomes if one.planned.kind.startswith(("kill-", "restart-"))]
     found = []
     for death in run.deaths:
         if death.name in expected:

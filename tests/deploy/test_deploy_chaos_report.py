@@ -36,9 +36,9 @@ def _run(**changes: Any) -> Run:
         for planned in make_schedule(DECLARATION)
     ]
     deaths = [
-        Death(outcome.planned.target, -9, Path("log"))
+        Death(outcome.planned.target, -9 if outcome.planned.kind.startswith("kill-") else 0, Path("log"))
         for outcome in outcomes
-        if outcome.planned.kind.startswith("kill-")
+        if outcome.planned.kind.startswith(("kill-", "restart-"))
     ]
     run = Run("job", RESULT, Throughput(60.0, 5400, 40.0, 3900), Proof(100, 101, 0, 0), NOTED, outcomes, deaths)
     return replace(run, **changes)

@@ -139,7 +139,7 @@ def test_every_kind_of_fault_happens_and_costs_no_update(tmp_path: Path, tiny_jo
         assert outcome.recovery_seconds is not None, outcome
     assert run.proof.is_clean, run.proof
     assert run.result["state"] == "done"
-    assert sorted(death.name for death in run.deaths) == ["coordinator", "shard-1", "worker-1"]
+    assert sorted(death.name for death in run.deaths) == ["coordinator", "coordinator", "shard-1", "worker-1"]
     assert run.restart_cpu_seconds > 0
 
 
