@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from paramserver.encoding import Encoding, EncodingError, EncodingOptions, encoding_names, make_encoding
-from paramserver.encoding.layers import FULL_PRECISION, encodings_by_block, layer_encoding
+from paramserver.encoding.layers import FULL_PRECISION, encodings_by_block, layer_encoding, settling_encoding
 from paramserver.explain import explain, found, nearest
 from paramserver.families import families, known_families, load_function
 from paramserver.protocol.layout import Layout
@@ -125,7 +125,7 @@ class _Encoded(_Section):
 
 
 # Settings of a push that one encoding alone obeys.
-_OPTION_OF = {"density": "topk", "error": "adaptive", "error_limit": "adaptive", "settling_updates": "adaptive"}
+_OPTION_OF = {"density": "topk", "error": "adaptive", "error_limit": "adaptive"}
 
 
 class PushSettings(_Encoded):
@@ -137,7 +137,7 @@ class PushSettings(_Encoded):
     error: Annotated[float, Field(gt=0, lt=1)] = 0.6  # adaptive: root of the share of the squares that may stay behind
     error_limit: Annotated[float, Field(gt=0, lt=1)] = 0.8  # adaptive: the same where the wire is what a step waits for
     settling_updates: Annotated[int, Field(ge=0, le=MOST_COUNT)] = (
-        100  # adaptive: of the model, over which both grow so far
+        100  # of the model, which go out finely: 4 bits and less in int8; adaptive: over which both grow so far
     )
     overlap: Literal["auto", True, False] = "auto"  # compute the next batch meanwhile; auto: where an exchange is slow
     deadline_seconds: Annotated[float, Field(ge=0.01, le=3600)] = 5.0  # then the same bytes are sent again
@@ -145,6 +145,10 @@ class PushSettings(_Encoded):
     @property
     def options(self) -> EncodingOptions:
         return EncodingOptions(tile=self.tile, density=self.density, rounding=self.rounding)
+
+    def possible_encodings(self) -> list[Encoding]:
+        usual = super().possible_encodings()
+        return list({one.identifier: one for one in [*usual, *map(settling_encoding, usual)]}.values())
 
     @model_validator(mode="before")
     @classmethod

@@ -70,7 +70,6 @@ def test_a_job_cannot_be_changed_once_read() -> None:
         ({"push": {"encoding": "adaptive", "tile": 4096}}, ["job: push: tile 4096 is more than adaptive takes"]),
         ({"push": {"error": 0.5}}, ["job: push: error belongs to encoding 'adaptive'", "0.5 with 'int4'"]),
         ({"push": {"error_limit": 0.9}}, ["job: push: error_limit belongs to encoding 'adaptive'"]),
-        ({"push": {"settling_updates": 7}}, ["job: push: settling_updates belongs to encoding 'adaptive'"]),
         ({"push": {"encoding": "fp32", "density": 0.2}}, ["job: push: density belongs to encoding 'topk'", "fp32"]),
         ({"push": {"encoding": "adaptive", "error": 0.9, "error_limit": 0.8}}, ["job: push: error_limit 0.8 is less"]),
         ({"push": {"overlap": "maybe"}}, ["job: push.overlap: found 'maybe' (allowed: 'auto', True or False)"]),

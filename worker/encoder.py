@@ -17,6 +17,7 @@ from torch import Tensor
 
 from paramserver.encoding import Encoding, make_encoding, on_torch
 from paramserver.encoding.adaptive import DEFAULT_ERROR_LIMIT, Adaptive, BitPolicy, Part, Plan
+from paramserver.encoding.layers import settling_encoding
 from paramserver.process import log
 from paramserver.protocol.buffers import BufferPool
 from paramserver.protocol.layout import Layout
@@ -38,7 +39,8 @@ class UpdateEncoder:
         devices: of the blocks whose gradients stay on one (`Replica.devices`). Where the encoding is none that a
             device can do, the block is encoded on the host: decided here, for good, and logged.
         error_limit: what may stay behind where bytes are limited.
-        settling_updates: of the model, over which both grow to their size.
+        settling_updates: of the model, over which both grow to their size, and other encodings of 4 bits and less give
+            way to int8.
     """
 
     def __init__(
@@ -54,6 +56,9 @@ class UpdateEncoder:
         self._devices = _encoding_devices(layout, encodings, devices or {})
         self.residuals = ResidualStore(layout, self._devices)
         self._encodings = encodings
+        self._settling = tuple(map(settling_encoding, encodings))  # of the first updates
+        self._settling_updates = settling_updates
+        self._is_settling = False
         self._pool = pool
         self._encoded = 0  # frames: the seed of the next one's rounding
         planned = {
@@ -67,7 +72,8 @@ class UpdateEncoder:
         self._plan: Plan | None = None
 
     def encoding(self, block: int) -> Encoding:
-        return self._encodings[block]
+        """Of the step that is planned."""
+        return (self._settling if self._is_settling else self._encodings)[block]
 
     def plan(self, gradients: BlockGradients, byte_limit: int | None = None, updates: int = 0) -> None:
         """Decide what this step sends. Call once a step, before its blocks are encoded.
@@ -76,6 +82,7 @@ class UpdateEncoder:
         the model has seen, of all workers.
         """
         self._plan = None
+        self._is_settling = updates < self._settling_updates
         if self._policy is None:
             return
         parts = {
@@ -92,7 +99,7 @@ class UpdateEncoder:
 
     def encode(self, block: int, gradients: BlockGradients, memory: FrameMemory | None) -> Bytes:
         """The frame of a block's gradient and residual, which keeps the rest: a buffer of the pool, in `memory`."""
-        encoding = self._encodings[block]
+        encoding = self.encoding(block)
         if block in self._planned:
             assert self._plan is not None  # `sends` said so
             values = gradients[block]

@@ -63,7 +63,7 @@ class Codec:
     deadline_seconds: float = 5.0
     error: float = 0.6  # adaptive: the root of the share of the squares that may stay behind
     error_limit: float = 0.8  # the same where the wire is what a step waits for
-    settling_updates: int = 0  # of the model, over which both grow to their size
+    settling_updates: int = 0  # of the model, over which both grow to their size; others use int8 until then
 
 
 class Exchange:

@@ -13,6 +13,8 @@ from paramserver.encoding.base import Encoding, EncodingOptions, make_encoding
 from paramserver.protocol.layout import Layout
 
 FULL_PRECISION = "fp32"
+SETTLING = "int8"  # what the first updates of a model are pushed in
+COARSE_BITS = 4  # from here down they are
 
 
 def encodings_by_block(
@@ -30,6 +32,17 @@ def encodings_by_block(
         implied = FULL_PRECISION if len(parameter.shape) < 2 else default
         chosen[parameter.name] = made[next(matching, implied)]
     return tuple(chosen[block.parameter] for block in layout.blocks)
+
+
+def settling_encoding(encoding: Encoding) -> Encoding:
+    """What a model's first updates of a block are pushed in, in place of 4 bits and less; `adaptive` settles by itself.
+
+    An optimizer that divides by past gradients steps at full length where an element moves for the first time. Coarse
+    codes leave small elements out until their residual is large, and so spread those steps over the later updates.
+    """
+    if encoding.bits > COARSE_BITS or encoding.name == "adaptive":
+        return encoding
+    return make_encoding(SETTLING, EncodingOptions(tile=encoding.tile, rounding=encoding.options.rounding))
 
 
 def unmatched(layout: Layout, rules: Mapping[str, str]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from paramserver.encoding import Encoding, make_encoding
 from paramserver.encoding.base import Bytes
+from paramserver.encoding.layers import settling_encoding
 from paramserver.job import Job
 from paramserver.protocol.messages import BlockUpdate, PartOrder, Pull, Push
 from paramserver.shard.block import HeldBlock
@@ -40,9 +41,10 @@ class Serving:
         self.damping = Damping(self.job)
         self.fp32 = make_encoding("fp32")
         self.push_encodings = self.job.push.encodings(order.layout)  # by block; a flushed residual comes in fp32
+        self.settling_encodings = tuple(map(settling_encoding, self.push_encodings))  # of a model's first updates
         self.pull_encodings = self.job.pull.encodings(order.layout)
         self.publishing = make_publishing(self.job.pull, dict(enumerate(self.pull_encodings)))
-        warm_up(self.optimizer, {self.fp32, *self.push_encodings})
+        warm_up(self.optimizer, {self.fp32, *self.push_encodings, *self.settling_encodings})
         warm_up_publishing(self.job.pull, set(self.pull_encodings))
         self.telemetry = Telemetry()
         self.has_trained = False  # some worker was a member; without a coordinator nobody ever is
@@ -111,6 +113,9 @@ class Serving:
         encoding = self.push_encodings[update.block]
         if update.encoding == encoding.identifier:
             return encoding
+        settling = self.settling_encodings[update.block]
+        if update.encoding == settling.identifier:
+            return settling
         return self.fp32 if update.encoding == self.fp32.identifier else None
 
     def note(self, record: AnyRecord, frames: Sequence[Bytes] = ()) -> None:

@@ -62,7 +62,7 @@ def test_full_precision_with_two_workers_is_fresh_whichever_way_it_is_pulled(sta
 
 
 def test_bits_are_those_of_an_encoded_element_and_step(start: Start) -> None:
-    outcome = simulate(cell("int4/fp32+worker"), start)
+    outcome = simulate(cell("{encoding: int4, settling_updates: 0}/fp32+worker"), start)
     assert outcome.push_bits == pytest.approx(4.25, rel=1e-3)
     assert (outcome.full_push_bits, outcome.pull_bits) == (32, 32)
     assert outcome.pushed_bytes < outcome.pulled_bytes / 7

@@ -185,6 +185,19 @@ def test_staleness_counts_versions_since_the_edition_computed_on() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("usual", "pushed", "is_taken"),
+    [("int4", "int8", True), ("sign", "int8", True), ("int8", "int4", False), ("fp32", "int8", False)],
+)
+def test_a_shard_takes_what_the_first_updates_are_pushed_in(usual: str, pushed: str, is_taken: bool) -> None:
+    driver = Driver(push={"encoding": usual})
+    replies = driver.push("w0", 1, encoding=pushed)
+    if is_taken:
+        assert driver.weight == pytest.approx(-1.0, rel=1e-3)
+    else:
+        assert refusal(replies) == "unknown-encoding"
+
+
 @pytest.mark.parametrize(("damping", "moved"), [("none", 1.0), ("inverse", 0.25), ("sqrt", 0.5)])
 def test_damping_scales_the_learning_rate_by_staleness(damping: str, moved: float) -> None:
     driver = Driver(consistency={"mode": "async", "damping": damping})

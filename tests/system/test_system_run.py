@@ -44,7 +44,7 @@ def test_a_job_runs_from_file_to_model(paramserver: Commands, tiny_job: Job, pro
     assert result["steps"] >= 1000
     assert 1.0 < result["valid"]["bits"] < 5.0
     assert 1.0 < result["test"]["bits"] < 5.0
-    assert 4.2 < result["push_bits_encoded"] < 4.5
+    assert 4.2 < result["push_bits_encoded"] < 4.8, "int4, after a hundred updates in int8"
     assert result["push_bits_full_precision"] == 32.0
     assert 1.8 < result["pull_bits_encoded"] < 4.0, "two ternary deltas a step at the most"
     assert result["replica"]["valid"]["bits"] == pytest.approx(result["valid"]["bits"], rel=0.02)

@@ -131,6 +131,19 @@ def test_flush_empties_the_residual_at_full_precision() -> None:
         np.testing.assert_allclose(-rig.weights(block.index), total(gradients, block.parameter), atol=1e-5)
 
 
+@pytest.mark.parametrize(("encoding", "first"), [("int4", "int8/64"), ("sign", "int8/64"), ("int8", "int8/64")])
+def test_the_first_updates_of_a_model_are_pushed_finely(encoding: str, first: str) -> None:
+    rig = Rig(encoding, push={"settling_updates": 3})
+    gradients = [rig.step(seed, seed) for seed in range(1, 6)]
+    used = [push.updates[0].encoding for push, _ in rig.shards[0].pushes()]
+    assert used == [first] * 3 + [f"{encoding}/64"] * 2
+    for block in rig.layout.blocks:
+        residual = rig.exchange.residuals.find(block.index)
+        kept = 0 if residual is None else np.asarray(residual)
+        applied = kept - rig.weights(block.index)
+        np.testing.assert_allclose(applied, total(gradients, block.parameter), atol=1e-5)
+
+
 @pytest.mark.parametrize("is_last", [False, True])
 def test_the_last_flush_of_a_job_moves_the_weights_by_a_small_share_and_an_earlier_one_by_all(is_last: bool) -> None:
     rig = Rig("int8")

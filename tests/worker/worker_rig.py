@@ -100,6 +100,7 @@ class Rig:
         self.guard: Callable[[], None] = lambda: None
         self.network.idle = self.pump
         self.push = PushSettings.model_validate({"encoding": encoding, **(push or {})})
+        self.settling_updates = int(str((push or {}).get("settling_updates", 0)))  # none where a test names none
         self.exchange = self.connect()
         if initialise:
             self.exchange.initialise()
@@ -124,7 +125,7 @@ class Rig:
             self.placement,
             Identity("job", worker, 1, self.layout.fingerprint),
             replica or self.replica,
-            Codec(self.push.encodings(self.layout), DEADLINE_SECONDS),
+            Codec(self.push.encodings(self.layout), DEADLINE_SECONDS, settling_updates=self.settling_updates),
             self.counters,
             lambda: self.guard(),
             lambda: self.network.now,

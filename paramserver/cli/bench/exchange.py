@@ -332,7 +332,7 @@ def attach_synthetic(
         for name, shape in shapes.items()
     }
     settings = PushSettings.model_validate(push)
-    if "adaptive" in settings.encoding_names and "settling_updates" not in push:
+    if "settling_updates" not in push:
         settings = settings.model_copy(update={"settling_updates": 0})  # a measured step is one of a settled job
     with attach(
         parameters,
