@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from paramserver.cli import bench, checkpoint, cluster, data, job_file, jobs, keygen, replay, run
+from paramserver.cli import bench, chaos, checkpoint, cluster, data, job_file, jobs, keygen, replay, run
 from paramserver.cli.errors import EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, CommandError
 
 app = typer.Typer(
@@ -29,7 +29,7 @@ def _options(
     _debug = debug
 
 
-for group in (job_file, run, cluster, jobs, checkpoint, data, keygen, replay, bench):
+for group in (job_file, run, cluster, jobs, checkpoint, data, keygen, replay, bench, chaos):
     group.add_to(app)
 
 
