@@ -97,7 +97,9 @@ class MemoryHome:
         return self.world.folder(self.shard, order.part)
 
     def open(self, order: PartOrder) -> tuple[Serving, ShardJournal]:
-        opened = open_journal(self.hold(order), order, in_background=False)
+        folder = self.hold(order)
+        folder.capacity = None  # a disk that is full then fails the job, which is tested elsewhere
+        opened = open_journal(folder, order, in_background=False)
         self.world.check_served(self.shard, order.part, opened[0], opened[1].number)
         return opened
 
