@@ -47,6 +47,7 @@ def _end(cluster: LocalCluster, job: str, poll: Poll) -> dict[str, Any]:
     poll("the job to end", lambda: _is_over(cluster, job), 600, 0.3)
     result = dict(json.loads((cluster.topology.runs / job / "result.json").read_text()))
     assert result["state"] == "done", (result["reason"], result["events"])
+    assert cluster.deaths() == [], "somebody died who was not killed"
     return result
 
 
