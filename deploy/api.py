@@ -5,22 +5,31 @@ Every call has a deadline, and every failure is an ApiError whose text says what
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 from urllib.parse import quote
+from uuid import uuid4
 
 import httpx
 
 CALL_SECONDS = 10.0
 RESUME_SECONDS = 600.0
+AGAIN_SECONDS = 15.0  # how long a submission whose answer was lost is sent again: a coordinator may be restarting
+AGAIN_PAUSE_SECONDS = 0.25
+BUSY = 503  # the HTTP status of a coordinator that took too long
 
 
 class ApiError(Exception):
-    """A call that failed. `status` is the HTTP status, 0 where no answer came."""
+    """A call that failed. `status` is the HTTP status, 0 where no answer came.
 
-    def __init__(self, text: str, status: int = 0) -> None:
+    `is_answer_lost`: the coordinator may have done what was asked, and could not say so.
+    """
+
+    def __init__(self, text: str, status: int = 0, is_answer_lost: bool = False) -> None:
         super().__init__(text)
         self.status = status
+        self.is_answer_lost = is_answer_lost or status == BUSY
 
 
 class Answer(dict[str, Any]):
@@ -59,12 +68,24 @@ class Api:
     def submit(self, specification: str, resume: str | None = None) -> dict[str, Any]:
         """{"id", "warnings"}. Raises ApiError with status 422 where the specification is refused.
 
+        Sent again where the answer is lost, under a key that makes the coordinator queue it once.
+
         `resume`: go on from a checkpoint: "" the newest of the job's name, "RUN" or "RUN/N".
         """
+        headers = {"Idempotency-Key": uuid4().hex}
         path = "/api/jobs" if resume is None else f"/api/jobs?resume={quote(resume, safe='')}"
         # Every byte of the checkpoint is read before the answer.
         patience = None if resume is None else RESUME_SECONDS
-        return cast(dict[str, Any], self._call("POST", path, specification.encode(), patience))
+        may_have_arrived, deadline = False, time.monotonic() + AGAIN_SECONDS
+        while True:
+            try:
+                return cast(dict[str, Any], self._call("POST", path, specification.encode(), patience, headers))
+            except ApiError as error:
+                # Whether the job was queued is not known, and the key makes it safe to ask again.
+                may_have_arrived = may_have_arrived or error.is_answer_lost
+                if not (may_have_arrived and error.status in (0, BUSY)) or time.monotonic() >= deadline:
+                    raise
+                time.sleep(AGAIN_PAUSE_SECONDS)
 
     def checkpoint(self, job: str) -> int:
         """Ask for a checkpoint; its number. Raises ApiError (409 for a job that does not train)."""
@@ -100,11 +121,16 @@ class Api:
             raise self._unreachable(error) from None
 
     def _call(
-        self, method: str, path: str, content: bytes | None = None, timeout_seconds: float | None = None
+        self,
+        method: str,
+        path: str,
+        content: bytes | None = None,
+        timeout_seconds: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> object:
         patience = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         try:
-            answer = self._client.request(method, self.url + path, content=content, timeout=patience)
+            answer = self._client.request(method, self.url + path, content=content, timeout=patience, headers=headers)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from None
         if answer.is_error:
@@ -118,9 +144,11 @@ class Api:
 
     def _unreachable(self, error: Exception) -> ApiError:
         reason = str(error) or type(error).__name__
+        never_left = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.InvalidURL)
         return ApiError(
             f"no coordinator answers at {self.url} ({reason}); start one with `paramserver up`, or name "
-            "another with --url or PARAMSERVER_URL"
+            "another with --url or PARAMSERVER_URL",
+            is_answer_lost=not never_left,
         )
 
     def _refused(self, answer: httpx.Response) -> ApiError:

@@ -120,6 +120,8 @@ class CoordinatorCore:
         self.jobs: dict[str, JobRecord] = {record.id: record for record in stored.jobs}
         self.results: dict[str, Mapping[str, Any]] = {}
         self._resumes: dict[str, Mapping[str, Any]] = {}  # of jobs that wait: what they go on from
+        self.submissions: dict[str, str] = {}
+        """The job of each submitter's key."""
         self._effects: list[Effect] = []
         self._next_number = max((record.number for record in stored.jobs), default=0) + 1
         self._run: JobRun | None = None
@@ -131,6 +133,8 @@ class CoordinatorCore:
         documents, results = stored.documents or {}, stored.results or {}
         for record in stored.jobs:
             kept = documents.get(record.id, {})
+            if "submission" in kept:
+                self.submissions[kept["submission"]["key"]] = record.id
             if "result" in kept:
                 self.results[record.id] = kept["result"]
             if "resume" in kept and record.state == "queued":
@@ -441,8 +445,13 @@ class CoordinatorCore:
         submitted: str,
         now: float,
         resume: Mapping[str, Any] | None = None,
+        key: str = "",
     ) -> list[Effect]:
-        """Queue a checked job under an unused id; `resume`: see checkpoints/resume.py."""
+        """Queue a checked job under an unused id.
+
+        `resume`: see checkpoints/resume.py. `key`: what the submitter sends again where the answer is lost; a key that
+        `submissions` has may not be submitted again. Empty for none.
+        """
         record = JobRecord(job_id, self._next_number, specification, tuple(warnings), submitted)
         self._next_number += 1
         self.jobs[job_id] = record
@@ -450,6 +459,9 @@ class CoordinatorCore:
         if resume is not None:
             self._resumes[job_id] = resume
             self._effects.append(SaveDocument(job_id, "resume", resume))
+        if key:
+            self.submissions[key] = job_id
+            self._effects.append(SaveDocument(job_id, "submission", {"key": key}))
         self._move_on(now)
         return self._take_effects()
 

@@ -297,16 +297,22 @@ class CoordinatorServer:
             raise BusyError("the coordinator is stopping, or overloaded: try again") from None
 
     def submit(
-        self, job: Job, checkpoint: Checkpoint | None = None, notes: Sequence[str] = ()
+        self, job: Job, checkpoint: Checkpoint | None = None, notes: Sequence[str] = (), key: str = ""
     ) -> tuple[str, list[str]]:
-        """In the loop's thread: queue a checked job, which goes on from a checkpoint. Returns its id and warnings."""
+        """In the loop's thread: queue a checked job, which goes on from a checkpoint. Returns its id and warnings.
+
+        With a key that came before, nothing is queued: they are those of the job that came with it.
+        """
+        known = self.core.submissions.get(key)
+        if known is not None:
+            return known, list(self.core.jobs[known].warnings)
         specification = job.json_text()
         warnings = [*job.warnings(), *notes, *filter(None, [self.core.shortage(job.cluster)])]
         resume = None if checkpoint is None else to_document(resumed_from(checkpoint))
         job_id = self.core.unused_id(job.name, self._runs.is_taken)
         self._runs.open(job_id, specification)
         submitted = datetime.now(UTC).isoformat(timespec="seconds")
-        self._carry_out(self.core.submit(job_id, specification, warnings, submitted, self._clock(), resume))
+        self._carry_out(self.core.submit(job_id, specification, warnings, submitted, self._clock(), resume, key))
         return job_id, warnings
 
     def checkpoint(self, job_id: str) -> int:
@@ -340,19 +346,19 @@ class ServerCommands:
         self._data_roots = data_roots
         self._snapshot: tuple[float, dict[str, Any]] | None = None
 
-    def submit(self, text: str, resume: str | None = None) -> tuple[str, list[str]]:
+    def submit(self, text: str, resume: str | None = None, key: str = "") -> tuple[str, list[str]]:
         """Check and queue a job given as YAML or JSON. Returns its id and warnings. Raises JobError.
 
         `resume`: go on from a checkpoint, as `find_checkpoint` finds it: "" is the newest.
         """
         job = check_submission(text, self._data_roots)
         if resume is None:
-            return self._server.call(lambda: self._server.submit(job))
+            return self._server.call(lambda: self._server.submit(job, key=key))
         try:
             checkpoint, notes = find_checkpoint(self._server.runs_root, job, resume)
         except CheckpointError as error:
             raise JobError(f"{job.name}: cannot be resumed: {error}") from None
-        return self._server.call(lambda: self._server.submit(job, checkpoint, notes))
+        return self._server.call(lambda: self._server.submit(job, checkpoint, notes, key))
 
     def checkpoint(self, job_id: str) -> int:
         """Ask for a checkpoint of a job that trains. Returns its number. Raises UnknownJobError, EndedJobError."""

@@ -12,10 +12,11 @@ class Commands(Protocol):
     All raise BusyError where the coordinator does not answer. What is returned is never changed afterwards.
     """
 
-    def submit(self, text: str, resume: str | None = None) -> tuple[str, list[str]]:
+    def submit(self, text: str, resume: str | None = None, key: str = "") -> tuple[str, list[str]]:
         """Queue a job given as YAML or JSON. Returns its id and warnings. Raises JobError.
 
         `resume`: go on from a checkpoint: "" the newest of the job's name, "RUN" or "RUN/N".
+        `key`: the same one again, where an answer was lost, queues nothing and answers the same; empty for none.
         """
         ...
 

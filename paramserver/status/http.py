@@ -25,6 +25,7 @@ from paramserver.status.access import Access, AccessError, Guard
 from paramserver.status.commands import Commands
 
 MAX_BODY_BYTES = 2**20
+MAX_KEY = 128
 MOST_CONNECTIONS = 512  # at a time; the next one is told to try again later
 START_SECONDS = 10.0
 CLOSE_SECONDS = 5.0
@@ -64,7 +65,10 @@ def make_app(commands: Commands) -> FastAPI:
         except UnicodeDecodeError as error:
             return _error(422, f"submitted job: not UTF-8 text: {error}")
         resume = request.query_params.get("resume")
-        job_id, warnings = await run_in_threadpool(commands.submit, text, resume)
+        key = request.headers.get("idempotency-key", "")
+        if len(key) > MAX_KEY:
+            return _error(422, f"Idempotency-Key has {len(key)} characters, allowed are {MAX_KEY}")
+        job_id, warnings = await run_in_threadpool(commands.submit, text, resume, key)
         return JSONResponse({"id": job_id, "warnings": warnings}, status_code=201)
 
     @app.post("/api/shutdown")

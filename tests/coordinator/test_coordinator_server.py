@@ -9,6 +9,7 @@ import pytest
 from paramserver.coordinator.runs import RunFolder
 from paramserver.coordinator.server import CoordinatorServer
 from paramserver.coordinator.store import Store
+from paramserver.job import Job
 from paramserver.process import StopRequest
 from paramserver.protocol.memory import MemoryNetwork
 from paramserver.protocol.messages import Heartbeat, Register, WorkerReport
@@ -38,4 +39,25 @@ def test_a_process_that_was_stopped_in_the_middle_of_a_round_declares_nobody_dea
     setattr(server, where, stopped_in_between)
     server.run(stop)
     assert [session.name for session in server.core.sessions.all()] == ["w"]
+    store.close()
+
+
+def test_a_job_that_is_submitted_again_under_its_key_is_queued_once_also_by_a_successor(tmp_path: Path) -> None:
+    """A client whose answer was lost cannot know whether the job was queued."""
+    job = Job.model_validate({"name": "job", "model": {"family": "recurrent", "args": {"task": "char-lm"}}})
+
+    def server(name: str) -> tuple[CoordinatorServer, Store]:
+        network, store = MemoryNetwork(seed=1), Store(tmp_path / "state")
+        return CoordinatorServer(network, network, name, store, RunFolder(tmp_path / "runs")), store
+
+    first, store = server("c:0")
+    answer = first.submit(job, key="one")
+    assert first.submit(job, key="one") == answer
+    assert first.submit(job, key="two")[0] == "job-2"
+    assert first.submit(job)[0] == "job-3"
+    store.close()
+    second, store = server("c:1")
+    assert second.submit(job, key="one") == answer
+    assert second.submit(job, key="three")[0] == "job-4"
+    assert [record.id for record in second.core.queue()] == ["job", "job-2", "job-3", "job-4"]
     store.close()

@@ -34,7 +34,7 @@ class OpenCommands:
         self.folder = folder
         self.reached: list[str] = []
 
-    def submit(self, text: str, resume: str | None = None) -> tuple[str, list[str]]:
+    def submit(self, text: str, resume: str | None = None, key: str = "") -> tuple[str, list[str]]:
         self.reached.append("submit")
         return "job", []
 

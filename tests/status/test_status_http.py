@@ -22,15 +22,17 @@ class FakeCommands:
         self.submitted: list[str] = []
         self.cancelled: list[str] = []
         self.resumes: list[str | None] = []
+        self.keys: list[str] = []
 
     def _fail(self) -> None:
         if self.error is not None:
             raise self.error
 
-    def submit(self, text: str, resume: str | None = None) -> tuple[str, list[str]]:
+    def submit(self, text: str, resume: str | None = None, key: str = "") -> tuple[str, list[str]]:
         self._fail()
         self.submitted.append(text)
         self.resumes.append(resume)
+        self.keys.append(key)
         return "job-2", ["careful"]
 
     def checkpoint(self, job_id: str) -> int:
@@ -92,6 +94,17 @@ def test_answers_are_json(client: httpx.Client, commands: FakeCommands) -> None:
     assert (asked.status_code, asked.json()) == (202, {"id": "x", "checkpoint": 3})
     assert client.delete("/api/jobs/x").status_code == 200
     assert commands.cancelled == ["x"]
+
+
+def test_a_submitters_key_is_passed_on_and_one_that_is_too_long_refused(
+    client: httpx.Client, commands: FakeCommands
+) -> None:
+    assert client.post("/api/jobs", content="x", headers={"Idempotency-Key": "k" * 128}).status_code == 201
+    assert client.post("/api/jobs", content="x").status_code == 201
+    assert commands.keys == ["k" * 128, ""]
+    refused = client.post("/api/jobs", content="x", headers={"Idempotency-Key": "k" * 129})
+    assert refused.status_code == 422
+    assert "allowed are 128" in refused.json()["error"]
 
 
 def test_model_is_streamed_whole(client: httpx.Client, tmp_path: Path) -> None:
