@@ -10,7 +10,7 @@ import warnings
 from paramserver.cli.bench.crew import QUIET, MeasurementError
 from paramserver.cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, CommandError
 
-ALL = ("codec", "apply", "exchange", "lstm", "convergence")
+ALL = ("codec", "apply", "exchange", "durability", "lstm", "convergence")
 APART = ("link", "bits", "coding")  # needs root; long simulations
 
 

@@ -118,11 +118,12 @@ class LeasesOfTheBench:
         pass
 
 
-def ours(ways: Ways, shards: int, slow_seconds: float, seconds: float) -> Rate:
+def ours(ways: Ways, shards: int, slow_seconds: float, seconds: float, log: str = "none", backups: int = 0) -> Rate:
+    """`log` and `backups` as a job's durability has them."""
     shapes = {parameter.name: tuple(parameter.tensor.shape) for parameter in build_task().parameters()}
-    job = synthetic_job(ways, SGD)
-    with Crew() as crew:
-        servers, addresses = start_shards(crew, shapes, shards, job.json_text())
+    job = synthetic_job(ways, SGD, log)
+    with tempfile.TemporaryDirectory(prefix="paramserver-bench-") as state, Crew() as crew:
+        servers, addresses = start_shards(crew, shapes, shards, job.json_text(), state=state, has_backups=backups > 0)
         clients = [
             crew.start(f"worker-{n}", _worker, n, addresses, job.json_text(), slow_seconds * (n > 0))
             for n in range(WORKERS)

@@ -17,10 +17,11 @@ ROOT = Path(__file__).parents[2]
 IN_LITTLE = {
     "apply": ["--rounds", "1", "--seconds", "0.2"],
     "exchange": ["--rounds", "1", "--seconds", "0.2", "--sizes", "100k", "--grids", "2", "--pairs", "int4/ternary"],
+    "durability": ["--rounds", "1", "--seconds", "0.2", "--sizes", "100k"],
     "lstm": ["--rounds", "1", "--seconds", "0.3", "--no-job", "--pairs", "int4/ternary"],
     "convergence": ["--steps", "20", "--seeds", "1", "--workers", "2"],
 }  # fmt: skip
-LONG = ("lstm", "convergence")
+LONG = ("durability", "lstm", "convergence")
 
 
 # One that starts many processes after another takes long on two cores.
