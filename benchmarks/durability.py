@@ -1,4 +1,4 @@
-"""What it costs that nothing is lost: of the exchange alone and of a char-LSTM, without a journal, with one, with backups.
+"""What it costs that nothing is lost: the exchange alone and a char-LSTM, with no journal, with one, with a backup.
 
 Two shards, two workers, `int4` both ways unless --pair says otherwise. The exchange only pushes and pulls (momentum on
 the shards); the LSTM is that of `lstm`, one thread a process. Journals lie where temporary files do: TMPDIR says which

@@ -156,13 +156,14 @@ class BoundedPolicy(AsyncPolicy):
 
 
 class _Round:
-    """The open round of one block: the sum of the updates that it holds, and whose they are."""
+    """The open round of one block: the sum of the updates that it holds, whose they are, and who waits for it."""
 
-    __slots__ = ("contributors", "staleness", "total", "updates")
+    __slots__ = ("contributors", "staleness", "total", "updates", "waiting")
 
     def __init__(self, elements: int) -> None:
         self.total: Float32 = np.zeros(elements, np.float32)  # (elements,)
         self.contributors: set[str] = set()
+        self.waiting: set[str] = set()
         self.updates = 0
         self.staleness = 0
 
@@ -171,7 +172,8 @@ class SyncPolicy(Policy):
     """A block's round closes when `quorum` members (all, where none is given) have pushed: the mean is applied once.
 
     A contributor's pull waits for the round. A late push joins the round in progress, so an acknowledged
-    update is never thrown away. When the last member leaves, open rounds are applied as they are.
+    update is never thrown away; its worker does not wait for that round, since its own is over. Else workers that were
+    late at different blocks would wait for each other. When the last member leaves, open rounds are applied.
     """
 
     mode = "sync"
@@ -181,12 +183,17 @@ class SyncPolicy(Policy):
         self._wanted = job.consistency.quorum
         self._quorum = self._wanted or job.cluster.workers
         self._rounds: dict[int, tuple[HeldBlock, _Round]] = {}
+        self._closed: dict[int, int] = {}  # rounds of a block so far
+        self._turns: dict[tuple[int, str], int] = {}  # of a block and member: the round that its next push is for
         self._fp32 = make_encoding("fp32")
         self._is_draining = False
 
     def set_members(self, members: Collection[str]) -> None:
         had_members = bool(self.members)
+        joined = set(members) - self.members
         super().set_members(members)
+        self._turns = {key: turn for key, turn in self._turns.items() if key[1] in self.members}
+        self._turns |= {(index, worker): closed for index, closed in self._closed.items() for worker in joined}
         if self.members:
             self._quorum = min(self._wanted or len(self.members), len(self.members))
             self._is_draining = False
@@ -200,28 +207,45 @@ class SyncPolicy(Policy):
         _, open_round = self._rounds.setdefault(block.index, (block, _Round(block.elements)))
         decode_add(encoding, frame, open_round.total)
         open_round.contributors.add(worker)
+        now = self._closed.get(block.index, 0)
+        is_member = worker in self.members
+        turn = min(self._turns.get((block.index, worker), 0 if is_member else now), now)
+        if turn == now:
+            open_round.waiting.add(worker)
+        if is_member:
+            self._turns[block.index, worker] = turn + 1
         open_round.updates += 1
         open_round.staleness = max(open_round.staleness, staleness)
         self._close_if_full(block, open_round)
 
     def may_pull(self, worker: str, blocks: Iterable[int]) -> bool:
-        return not any(block in self._rounds and worker in self._rounds[block][1].contributors for block in blocks)
+        return not any(block in self._rounds and worker in self._rounds[block][1].waiting for block in blocks)
 
     def forget(self, index: int) -> None:
         self._rounds.pop(index, None)
+        self._closed.pop(index, None)
+        self._turns = {key: turn for key, turn in self._turns.items() if key[0] != index}
 
     def kept(self, arrays: Arrays) -> PolicyState:
         rounds = []
         for index, (_, held) in sorted(self._rounds.items()):
             arrays[f"{index}.round"] = held.total
-            rounds.append(RoundState(index, tuple(sorted(held.contributors)), held.updates, held.staleness))
+            contributors, waiting = tuple(sorted(held.contributors)), tuple(sorted(held.waiting))
+            rounds.append(RoundState(index, contributors, held.updates, held.staleness, waiting))
         return structs.replace(
-            super().kept(arrays), quorum=self._quorum, is_draining=self._is_draining, rounds=tuple(rounds)
+            super().kept(arrays),
+            quorum=self._quorum,
+            is_draining=self._is_draining,
+            rounds=tuple(rounds),
+            closed=tuple(sorted(self._closed.items())),
+            turns=tuple(sorted((block, worker, turn) for (block, worker), turn in self._turns.items())),
         )
 
     def restore(self, state: PolicyState, arrays: Arrays, blocks: Mapping[int, HeldBlock]) -> None:
         super().restore(state, arrays, blocks)
         self._quorum, self._is_draining = state.quorum, state.is_draining
+        self._closed = dict(state.closed)
+        self._turns = {(block, worker): turn for block, worker, turn in state.turns}
         for kept in state.rounds:
             self.restore_round(kept, arrays, blocks)
 
@@ -229,7 +253,7 @@ class SyncPolicy(Policy):
         block = blocks[kept.block]
         held = _Round(block.elements)
         held.total[:] = arrays[f"{kept.block}.round"]
-        held.contributors = set(kept.contributors)
+        held.contributors, held.waiting = set(kept.contributors), set(kept.waiting)
         held.updates, held.staleness = kept.updates, kept.staleness
         self._rounds[kept.block] = block, held
 
@@ -247,6 +271,7 @@ class SyncPolicy(Policy):
         divisor = max(open_round.updates, self._quorum) if self._is_draining else open_round.updates
         open_round.total /= np.float32(divisor)
         del self._rounds[block.index]
+        self._closed[block.index] = self._closed.get(block.index, 0) + 1
         self._apply(block, self._fp32, open_round.total.view(np.uint8), open_round.staleness)
 
 

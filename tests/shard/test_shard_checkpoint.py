@@ -36,6 +36,8 @@ def trained(settings: dict[str, Any]) -> Serving:
     for _ in range(60):
         rig.act()
     assert rig.core.serving is not None
+    while "sync" in str(settings) and not rig.core.serving.policy.pending_updates:
+        rig.act()
     assert rig.core.serving.telemetry.updates > 10
     rig.core.serving.journal = None
     return rig.core.serving

@@ -56,6 +56,7 @@ class RoundState(Struct, frozen=True):
     contributors: tuple[str, ...]
     updates: int
     staleness: int
+    waiting: tuple[str, ...] = ()  # contributors whose pulls wait for it
 
 
 class PolicyState(Struct, frozen=True):
@@ -66,6 +67,8 @@ class PolicyState(Struct, frozen=True):
     quorum: int = 0  # sync
     is_draining: bool = False
     rounds: tuple[RoundState, ...] = ()
+    closed: tuple[tuple[int, int], ...] = ()  # block, its rounds so far
+    turns: tuple[tuple[int, str, int], ...] = ()  # block, member, the round that its next push is for
 
 
 class TelemetryState(Struct, frozen=True):
