@@ -26,7 +26,7 @@ DEFAULT_JOB: dict[str, Any] = {
     "push": {"encoding": "int4"},
     "pull": {"encoding": "ternary"},
     "optimizer": {"name": "adagrad", "lr": 0.07, "clip": 1.0},
-    "durability": {"log": "journal"},
+    "durability": {"log": "journal", "backups": 1},
 }
 
 

@@ -99,6 +99,8 @@ def _job(job_file: Path | None, shards: int, workers: int) -> Job:
     source = str(job_file or "the default job")
     try:
         body: dict[str, Any] = DEFAULT_JOB if job_file is None else load_job(job_file).model_dump(mode="json")
+        if job_file is None and shards == 1:
+            body = {**body, "durability": {"log": "journal"}}  # nobody is there for a backup
         job, changed = resolve_job(body, shards, workers)
         check_data(job)
     except JobError as error:
