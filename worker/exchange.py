@@ -139,7 +139,9 @@ class Exchange:
         raises, and JobFailure.
         """
         views = self._replica.gradients(gradients)
-        self._encoder.plan(views, self._pace.byte_limit(computing_seconds), self._pace.updates)
+        # Who joins, or goes on from a checkpoint, has seen no version yet; a model has at least as many as editions.
+        updates = max(self._pace.updates, int(editions.max(initial=0)))
+        self._encoder.plan(views, self._pace.byte_limit(computing_seconds), updates)
         self._pace.begin(self._clock(), self._counters, computing_seconds)
         touched: set[str] = set()
 
