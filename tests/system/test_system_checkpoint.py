@@ -83,7 +83,8 @@ def _end(cluster: LocalCluster, job: str, poll: Poll) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("log", ["none", "journal"])
+# What the longer ones show is shown in little by unit tests; the everyday ones are those that join it all.
+@pytest.mark.parametrize("log", [pytest.param("none", marks=pytest.mark.slow), "journal"])
 def test_after_everything_was_killed_another_number_of_shards_and_workers_goes_on_without_loss_or_repetition(
     log: str, tmp_path: Path, local_cluster: Make, tiny_job: Job, poll: Poll
 ) -> None:
@@ -122,7 +123,14 @@ def test_after_everything_was_killed_another_number_of_shards_and_workers_goes_o
 @pytest.mark.parametrize(
     ("model", "push", "optimizer", "where", "mode"),
     [
-        ("{family: recurrent, args: {task: char-lm, cell: gru, hidden: 16}}", "int4", "adam", "server", "sync"),
+        pytest.param(
+            "{family: recurrent, args: {task: char-lm, cell: gru, hidden: 16}}",
+            "int4",
+            "adam",
+            "server",
+            "sync",
+            marks=pytest.mark.slow,
+        ),
         ("{family: recurrent, args: {task: char-lm, cell: lstm, hidden: 16}}", "ternary", "adam", "worker", "async"),
     ],
 )
@@ -154,6 +162,7 @@ def test_with_one_worker_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(
     assert (runs / resumed / "model.safetensors").read_bytes() == (runs / unbroken / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_while_a_checkpoint_is_taken_costs_the_checkpoint_and_not_the_training(
     tmp_path: Path, local_cluster: Make, tiny_job: Job, poll: Poll
 ) -> None:
@@ -173,6 +182,7 @@ def test_a_worker_that_dies_while_a_checkpoint_is_taken_costs_the_checkpoint_and
     assert sorted(path.name for path in (cluster.topology.runs / job / "checkpoints").iterdir()) == ["2"]
 
 
+@pytest.mark.slow
 def test_backups_of_a_run_that_goes_on_hold_what_came_from_the_checkpoint(
     tmp_path: Path, local_cluster: Make, tiny_job: Job, poll: Poll
 ) -> None:
@@ -210,7 +220,14 @@ def test_backups_of_a_run_that_goes_on_hold_what_came_from_the_checkpoint(
     assert result["valid"]["bits"] < 5.0
 
 
-@pytest.mark.parametrize("consistency", ["{mode: sync}", "{mode: sync, quorum: 2}", "{mode: bounded, slack: 1}"])
+@pytest.mark.parametrize(
+    "consistency",
+    [
+        pytest.param("{mode: sync}", marks=pytest.mark.slow),
+        "{mode: sync, quorum: 2}",
+        pytest.param("{mode: bounded, slack: 1}", marks=pytest.mark.slow),
+    ],
+)
 def test_workers_that_wait_for_each_other_stop_all_the_same(
     consistency: str, tmp_path: Path, local_cluster: Make, tiny_job: Job, poll: Poll
 ) -> None:
