@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -364,6 +365,35 @@ def test_a_backup_that_would_compute_other_bits_refuses_and_says_why(monkeypatch
     assert refusal is not None
     assert refusal.code == "other-build"
     assert "use machines and packages alike" in made.report().failed
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_backup_outlives_a_damaged_snapshot_of_its_primary_and_says_why(in_background: bool) -> None:
+    """Its process serves other parts, which a bad disk elsewhere must not take along."""
+    rig = Rig(5, "journal", **JOBS["published"])
+    rig.start()
+    for _ in range(12):
+        rig.act()
+    assert rig.core.serving is not None
+    rig.journal.snapshot(rig.core.serving)
+    pump = Pump(rig.order, rig.journal, Store(MemoryFolder(), rig.order, in_background=False))
+    pump.until_in_step(rig.journal)
+    world = World()
+    world.around = replace(world.around, in_background=in_background)
+    made = Standby(backed_up(), world.around)
+    made.look_after()
+    for message, frame in pump.pieces:
+        message = structs.replace(message, term=3)
+        if message.kind == "arrays":
+            frame = frame[:-1] + bytes([frame[-1] ^ 1])
+        made.handle(world.received(message, [frame]), message)
+    if made._store is not None and made._store._restoring is not None:
+        made._store._restoring.join()
+    made.look_after()
+    assert "what s0 sent cannot be used" in made.report().failed
+    assert "is not what was written" in made.report().failed
+    assert made.report().record == 0
+    assert made.promote() is None
 
 
 def test_a_backup_without_a_whole_copy_cannot_be_promoted() -> None:
