@@ -101,21 +101,22 @@ def _escaped(name: str) -> str:
 
 
 def _newest(paths: list[Path]) -> Path:
-    """Of the journals of one part on several shards the one that went on longest. Raises FailedError."""
+    """Of the journals of one part on several shards the one that went on longest; of two that did the one that begins
+    earlier, for what was a backup's may begin with a snapshot. Raises FailedError."""
     if len(paths) == 1:
         return paths[0]
     from paramserver.shard.journal.layout import JournalError
-    from paramserver.shard.journal.review import last_of
+    from paramserver.shard.journal.review import first_of, last_of
 
-    ranked: list[tuple[tuple[int, int], Path]] = []
+    ranked: list[tuple[tuple[int, int], int, Path]] = []
     for path in sorted(paths):
         try:
-            ranked.append((last_of(path), path))
+            ranked.append((last_of(path), -first_of(path), path))
         except BlockingIOError:
             raise _held(path) from None  # the one that is held may be the part's, and the others stale
         except (JournalError, OSError):
             continue  # a stale one that is cut short; where all are, the review says why
-    return max(ranked)[1] if ranked else paths[0]
+    return max(ranked)[2] if ranked else paths[0]
 
 
 def _review(path: Path, watch: Any, until: int | None) -> Review:
@@ -258,8 +259,11 @@ def _as_json(reviews: dict[str, Review], weights: dict[str, str], account: Accou
 def _show(reviews: dict[str, Review], weights: dict[str, str], account: Account) -> None:
     for name, review in reviews.items():
         updates = sum(block.version for block in review.serving.blocks.values())
+        records = f"records {review.first} to {review.last}"
+        if review.last < review.first:
+            records = f"a snapshot at record {review.last} and no record after it"
         print(
-            f"{name}: records {review.first} to {review.last} under term {review.serving.order.term}, "
+            f"{name}: {records} under term {review.serving.order.term}, "
             f"{len(review.serving.blocks)} blocks with {updates} updates"
         )
         if not review.is_this_build:
