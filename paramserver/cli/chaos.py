@@ -72,12 +72,19 @@ def chaos(
     finally:
         if keep is None and not must_keep:
             shutil.rmtree(directory, ignore_errors=True)
-    if out is not None:
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1) if as_json else "\n".join(lines(report)))
+    if out is not None:  # last: where it cannot be written all else has been said
+        _write(out, report)
     if report["failures"]:
         print(f"paramserver: run it again with --seed {seed}; everything is kept in {directory}", file=sys.stderr)
         raise typer.Exit(EXIT_FAILED)
+
+
+def _write(out: Path, report: dict[str, Any]) -> None:
+    try:
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise FailedError(f"--out {str(out)!r}: cannot be written: {error.strerror or error}") from None
 
 
 def _tell(line: str) -> None:
@@ -89,6 +96,8 @@ def _check_folders(keep: Path | None, out: Path | None) -> None:
         raise InputError(f"--keep {str(keep)!r}: is not an empty folder; name another one")
     if out is not None and not out.resolve().parent.is_dir():
         raise InputError(f"--out {str(out)!r}: there is no folder for it; make it first")
+    if out is not None and out.is_dir():
+        raise InputError(f"--out {str(out)!r}: is a folder; name a file in it")
 
 
 def _job(job_file: Path | None, shards: int, workers: int) -> Job:

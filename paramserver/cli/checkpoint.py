@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paramserver.cli.connection import Url, connected
-from paramserver.cli.errors import FailedError
+from paramserver.cli.errors import FailedError, InputError
 from paramserver.cli.job_file import AsJson
 
 if TYPE_CHECKING:
@@ -32,8 +32,10 @@ From = Annotated[
 
 
 def resume_place(resume: bool, source: str | None) -> str | None:
-    """What the coordinator is asked to go on from: None for nothing, "" for the newest."""
-    return source if source else ("" if resume else None)
+    """What the coordinator is asked to go on from: None for nothing, "" for the newest. Raises InputError."""
+    if source is not None and not source.strip():
+        raise InputError("--from is empty: name RUN or RUN/N, for example char-lm/3, or give --resume for the newest")
+    return ("" if resume else None) if source is None else source
 
 
 def checkpoint(job: JobId, url: Url = None, as_json: AsJson = False) -> None:

@@ -30,13 +30,14 @@ def submit(
     """Queue a job; print its id."""
     from paramserver.job import JobError, load_job
 
+    place = resume_place(resume, source)
     try:
         job = load_job(job_file)
     except JobError as error:
         raise InputError(str(error)) from None
     with connected(url) as api:
         # The resolved text: what was checked here is what is trained there. Data is looked for by the coordinator.
-        answer = api.submit(job.json_text(), resume_place(resume, source))
+        answer = api.submit(job.json_text(), place)
     if as_json:
         print(json.dumps(answer))
         return

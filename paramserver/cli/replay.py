@@ -67,8 +67,8 @@ def find_journals(run: Path, state: Path | None) -> dict[str, Path]:
     if not run.is_dir():
         raise InputError(f"{run}: there is no such folder; give the job's folder, for example runs/char-lm")
     own = run / JOURNALS
-    if state is None and own.is_dir():
-        return {folder.name: folder for folder in own.iterdir() if folder.is_dir()}
+    if state is None and own.is_dir() and (taken := {path.name: path for path in own.iterdir() if path.is_dir()}):
+        return taken
     if state is None:
         from deploy.home import default_home
 
@@ -101,19 +101,22 @@ def _escaped(name: str) -> str:
 
 
 def _newest(paths: list[Path]) -> Path:
-    """Of the journals of one part on several shards the one that went on longest."""
+    """Of the journals of one part on several shards the one that went on longest; of two that did the one that begins
+    earlier, for what was a backup's may begin with a snapshot. Raises FailedError."""
     if len(paths) == 1:
         return paths[0]
     from paramserver.shard.journal.layout import JournalError
-    from paramserver.shard.journal.review import last_of
+    from paramserver.shard.journal.review import first_of, last_of
 
-    ranked: list[tuple[tuple[int, int], Path]] = []
+    ranked: list[tuple[tuple[int, int], int, Path]] = []
     for path in sorted(paths):
         try:
-            ranked.append((last_of(path), path))
+            ranked.append((last_of(path), -first_of(path), path))
+        except BlockingIOError:
+            raise _held(path) from None  # the one that is held may be the part's, and the others stale
         except (JournalError, OSError):
             continue  # a stale one that is cut short; where all are, the review says why
-    return max(ranked)[1] if ranked else paths[0]
+    return max(ranked)[2] if ranked else paths[0]
 
 
 def _review(path: Path, watch: Any, until: int | None) -> Review:
@@ -123,13 +126,15 @@ def _review(path: Path, watch: Any, until: int | None) -> Review:
     try:
         return review(path, watch, until)
     except BlockingIOError:
-        raise FailedError(
-            f"{path}: a shard holds this journal; wait for the end of the job, or stop the shard"
-        ) from None
+        raise _held(path) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except JournalError as error:
         raise FailedError(str(error)) from None
+
+
+def _held(path: Path) -> FailedError:
+    return FailedError(f"{path}: a shard holds this journal; wait for the end of the job, or stop the shard")
 
 
 # --------------------------------------------------------------------------------- weights
@@ -254,8 +259,11 @@ def _as_json(reviews: dict[str, Review], weights: dict[str, str], account: Accou
 def _show(reviews: dict[str, Review], weights: dict[str, str], account: Account) -> None:
     for name, review in reviews.items():
         updates = sum(block.version for block in review.serving.blocks.values())
+        records = f"records {review.first} to {review.last}"
+        if review.last < review.first:
+            records = f"a snapshot at record {review.last} and no record after it"
         print(
-            f"{name}: records {review.first} to {review.last} under term {review.serving.order.term}, "
+            f"{name}: {records} under term {review.serving.order.term}, "
             f"{len(review.serving.blocks)} blocks with {updates} updates"
         )
         if not review.is_this_build:

@@ -47,6 +47,7 @@ def run(
     """Train a job on this machine with a cluster of its own, and show the result."""
     from paramserver.process import install_stop
 
+    place = resume_place(resume, source)
     job = read_job(job_file)
     _check_size(job, job_file)
     show_warnings(job.warnings(), job_file)
@@ -54,7 +55,7 @@ def run(
     directory = Path(tempfile.mkdtemp(prefix="paramserver-run-"))
     keep = True
     try:
-        result = _train(job, directory, runs, threads, stop, resume_place(resume, source))
+        result = _train(job, directory, runs, threads, stop, place)
         keep = result["state"] == "failed"
     except FailedError as error:
         raise FailedError(f"{error}\nThe logs are kept in {directory / 'logs'}") from None

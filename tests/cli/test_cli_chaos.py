@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.chaos.campaign import Campaign
 from paramserver.cli.__main__ import main
 
 Job = Callable[..., Path]
@@ -44,3 +45,26 @@ def test_a_folder_that_holds_something_is_not_used(tmp_path: Path, capsys: Captu
 def test_a_report_that_could_not_be_written_is_told_before_the_run(tmp_path: Path, capsys: Capture) -> None:
     assert main(["chaos", "--out", str(tmp_path / "none" / "report.json")]) == 2
     assert "there is no folder for it" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_file_for_the_report(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["chaos", "--out", str(tmp_path)]) == 2
+    assert "is a folder; name a file in it" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_after_all_is_shown_all_the_same(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder may go while the campaign runs, which takes minutes."""
+    (tmp_path / "reports").mkdir()
+
+    def run(self: Campaign, stop: object, tell: object) -> dict[str, object]:
+        (tmp_path / "reports").rmdir()
+        return {"failures": []}
+
+    monkeypatch.setattr(Campaign, "run", run)
+    out = tmp_path / "reports" / "report.json"
+    assert main(["chaos", "--json", "--keep", str(tmp_path / "kept"), "--out", str(out)]) == 1
+    shown = capsys.readouterr()
+    assert '"failures": []' in shown.out
+    assert "report.json': cannot be written: No such file or directory" in shown.err

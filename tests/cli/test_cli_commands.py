@@ -122,6 +122,15 @@ def test_a_missing_file_is_told(tmp_path: Path, capsys: Capture) -> None:
     assert "there is no such file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["run", "submit"])
+def test_an_empty_checkpoint_to_go_on_from_does_not_begin_from_nothing(
+    command: str, tiny_job: Job, capsys: Capture
+) -> None:
+    """`--from "$CHECKPOINT"` of a script whose variable is not set."""
+    assert main([command, str(tiny_job()), "--from", ""]) == 2
+    assert "--from is empty: name RUN or RUN/N" in capsys.readouterr().err
+
+
 def test_an_unknown_option_is_told_with_exit_code_2(capsys: Capture) -> None:
     assert main(["up", "--shard", "2"]) == 2
     assert "--shard" in capsys.readouterr().err

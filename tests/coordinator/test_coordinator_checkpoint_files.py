@@ -244,7 +244,9 @@ def test_a_run_without_a_checkpoint_is_passed_over_and_that_is_said(tmp_path: Pa
     assert "the newest run, 'job-2', has no checkpoint" in note
 
 
-@pytest.mark.parametrize("wanted", ["../elsewhere", "job/../../x", "/etc", "job/1/2", "job/x", ".hidden/1"])
+@pytest.mark.parametrize(
+    "wanted", ["../elsewhere", "job/../../x", "/etc", "job/1/2", "job/x", ".hidden/1", "job/" + "9" * 5000]
+)
 def test_a_place_outside_the_runs_cannot_be_named(tmp_path: Path, wanted: str) -> None:
     with pytest.raises(CheckpointError, match="names no checkpoint"):
         find_checkpoint(tmp_path, job_of(), wanted)

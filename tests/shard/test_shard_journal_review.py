@@ -9,6 +9,8 @@ import msgspec
 import pytest
 from journal_rig import Rig, digest_of
 
+from paramserver.cli.errors import FailedError
+from paramserver.cli.replay import find_journals
 from paramserver.shard.core import ShardCore
 from paramserver.shard.journal import keeper, review, segments
 from paramserver.shard.journal.keeper import open_journal
@@ -141,6 +143,42 @@ def test_of_two_journals_of_a_part_the_one_under_the_later_term_is_newer(tmp_pat
     assert review.last_of(tmp_path / "old") == (1, rig.journal.number)
     assert review.last_of(tmp_path / "new") == (2, 2)
     assert max(review.last_of(path) for path in (tmp_path / "old", tmp_path / "new")) == (2, 2)
+
+
+def test_of_two_copies_of_a_part_the_one_with_more_of_its_past_is_reviewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", 1500)
+    run = tmp_path / "job"
+    run.mkdir()
+    whole, short = (tmp_path / "state" / shard / "job" / "shard-0" for shard in ("shard-0", "shard-1"))
+    for path in (whole, short):
+        path.parent.mkdir(parents=True)
+        rig = ran(path, SETTINGS["published"])
+    assert rig.core.serving is not None
+    rig.journal.snapshot(rig.core.serving)
+    for name in rig.folder.names():
+        (short / name).write_bytes(rig.folder.read(name))
+    for path in short.iterdir():
+        if path.name not in rig.folder.names():
+            path.unlink()
+    assert review.last_of(short) == review.last_of(whole)
+    assert review.review(short).first > review.review(whole).first == 1
+    assert find_journals(run, tmp_path / "state") == {"shard-0": whole}
+
+
+def test_a_stale_journal_does_not_stand_in_for_the_one_that_a_shard_holds(tmp_path: Path) -> None:
+    run = tmp_path / "job"
+    run.mkdir()
+    for shard, steps in (("shard-0", 5), ("shard-1", 20)):
+        (tmp_path / "state" / shard / "job").mkdir(parents=True)
+        ran(tmp_path / "state" / shard / "job" / "shard-0", SETTINGS["published"], steps)
+    later = tmp_path / "state" / "shard-1" / "job" / "shard-0"
+    assert find_journals(run, tmp_path / "state") == {"shard-0": later}
+    holder = OsFolder(later)
+    with pytest.raises(FailedError, match="a shard holds this journal"):
+        find_journals(run, tmp_path / "state")
+    holder.close()
 
 
 def test_a_folder_without_a_record_is_no_journal(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,12 @@ from paramserver.shard.core import ShardCore
 from paramserver.shard.journal import keeper, segments
 from paramserver.shard.journal.home import JournalHome
 from paramserver.shard.journal.keeper import ShardJournal, open_journal
-from paramserver.shard.journal.layout import JournalError
+from paramserver.shard.journal.layout import PREAMBLE_BYTES, JournalError
 from paramserver.shard.journal.memory import CrashError, MemoryFolder
 from paramserver.shard.part import Part
 from paramserver.shard.replication import source, store, stream
 from paramserver.shard.replication.assembly import Assembly
+from paramserver.shard.replication.link import Link
 from paramserver.shard.replication.standby import Standby
 from paramserver.shard.replication.store import Store
 from paramserver.shard.replication.stream import Stream
@@ -364,6 +366,57 @@ def test_a_backup_that_would_compute_other_bits_refuses_and_says_why(monkeypatch
     assert refusal is not None
     assert refusal.code == "other-build"
     assert "use machines and packages alike" in made.report().failed
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_backup_outlives_a_damaged_snapshot_of_its_primary_and_says_why(in_background: bool) -> None:
+    """Its process serves other parts, which a bad disk elsewhere must not take along."""
+    rig = Rig(5, "journal", **JOBS["published"])
+    rig.start()
+    for _ in range(12):
+        rig.act()
+    assert rig.core.serving is not None
+    rig.journal.snapshot(rig.core.serving)
+    pump = Pump(rig.order, rig.journal, Store(MemoryFolder(), rig.order, in_background=False))
+    pump.until_in_step(rig.journal)
+    world = World()
+    world.around = replace(world.around, in_background=in_background)
+    made = Standby(backed_up(), world.around)
+    made.look_after()
+    for message, frame in pump.pieces:
+        message = structs.replace(message, term=3)
+        if message.kind == "arrays":
+            frame = frame[:-1] + bytes([frame[-1] ^ 1])
+        made.handle(world.received(message, [frame]), message)
+    if made._store is not None and made._store._restoring is not None:
+        made._store._restoring.join()
+    made.look_after()
+    assert "what s0 sent cannot be used" in made.report().failed
+    assert "is not what was written" in made.report().failed
+    assert made.report().record == 0
+    assert made.promote() is None
+
+
+def test_a_primary_outlives_damage_in_a_segment_that_a_new_backup_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has in memory what the record says, and waits for nobody who is not in step."""
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", 1500)
+    rig = Rig(5, "journal", **JOBS["published"])
+    rig.start()
+    for _ in range(40):
+        rig.act()
+    rig.journal.commit()
+    first, *later = segments.segment_numbers(rig.folder)
+    assert later
+    rig.folder.damage(segments.segment_name(first), PREAMBLE_BYTES)
+    world = World()
+    order = structs.replace(rig.order, partner=structs.replace(BACKUP, address="here"))
+    link = Link(Stream(order, lambda: ("s0", 1), rig.journal, count(1)), world.net.connect)
+    link.send(0.0)
+    link.stream.hear(Stored(part="shard-0", line=0, ask=1, received=0, record=0), 0.0)
+    for turn in range(1, 4):
+        link.send(0.3 * turn)
+        assert not link.stream.must_wait
+        assert not link.stream.is_synced
 
 
 def test_a_backup_without_a_whole_copy_cannot_be_promoted() -> None:

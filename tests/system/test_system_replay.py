@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -54,7 +55,11 @@ def test_what_cannot_be_replayed_is_told_clearly(paramserver: Commands, tmp_path
     bare = paramserver("replay", tmp_path / "runs" / "bare")
     assert bare.code == 2
     assert "{log: journal, keep: all}" in bare.err
-    (tmp_path / "runs" / "bare" / "journal" / "shard-0").mkdir(parents=True)
+    (tmp_path / "runs" / "bare" / "journal").mkdir()
+    save_file({"weight": np.zeros(1, np.float32)}, tmp_path / "runs" / "bare" / "model.safetensors")
+    hollow = paramserver("replay", tmp_path / "runs" / "bare")
+    assert (hollow.code, "no journal of this job" in hollow.err) == (2, True)
+    (tmp_path / "runs" / "bare" / "journal" / "shard-0").mkdir()
     empty = paramserver("replay", tmp_path / "runs" / "bare")
     assert empty.code == 1
     assert "it is no journal" in empty.err

@@ -32,7 +32,7 @@ READ_BYTES = 2**20  # at a time, where a whole file is checked
 MAY_CHANGE = ("name", "device", "cluster", "durability", "checkpoint", "stop")
 """Fields of a job that may be others in a run that goes on from a checkpoint."""
 
-_PLACE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:/(?:checkpoints/)?([0-9]+))?")
+_PLACE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:/(?:checkpoints/)?([0-9]{1,18}))?")
 
 
 @dataclass(frozen=True)

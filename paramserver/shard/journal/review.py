@@ -204,6 +204,15 @@ def _begin(folder: ReadOnlyFolder, entry: Entry) -> tuple[WatchedServing, str]:
     return WatchedServing(entry.record.order), entry.record.build
 
 
+def first_of(path: Path) -> int:
+    """The first record that a journal still has, in whatever segments are there. Raises as above."""
+    folder = ReadOnlyFolder(path)
+    try:
+        return min(segment_numbers(folder), default=0)
+    finally:
+        folder.close()
+
+
 def last_of(path: Path) -> tuple[int, int]:
     """The last term and record of a journal: of two of the same part the greater one is the part's. Raises as above."""
     folder = ReadOnlyFolder(path)

@@ -8,6 +8,7 @@ from paramserver.process import log
 from paramserver.protocol.buffers import BufferPool
 from paramserver.protocol.messages import Partner, Refusal, Stored
 from paramserver.protocol.transport import Channel, Received
+from paramserver.shard.journal.layout import JournalError
 from paramserver.shard.replication.stream import Stream
 
 SMALLEST_BYTES = 512  # of a buffer
@@ -59,8 +60,9 @@ class Link:
                 buffer = self._pool.trim(room, piece.size)
                 self.stream.read(piece, buffer)
                 self._pool.give([buffer], [self.channel.send(piece.message, [buffer.data])])
-        except OSError as error:
-            # Files of our own journal: what cannot be read now is asked for again, and replies wait meanwhile.
+        except (OSError, JournalError) as error:
+            # Files of our own journal: what cannot be read now is asked for again, and replies wait meanwhile. Where a
+            # record is damaged they need not: memory has what it says, and the next snapshot takes its place.
             log("journal-unreadable", level="error", reason=error)
             self.stream.connect_anew()
 

@@ -125,16 +125,18 @@ class Standby:
                 store.take(message, frame, now)
         except ValueError as error:
             return "corrupt-frame", f"{error}"
-        except OtherBuildError as error:
-            self._give_up(store, str(error))
+        except (OtherBuildError, JournalError) as error:
+            self._give_up(store, error)
             return "other-build", self._failed
         except OSError as error:
             log("backup-put-off", level="warning", part=self.name, reason=error)
             store.drop()
         return None
 
-    def _give_up(self, store: Store, why: str) -> None:
-        self._failed = why
+    def _give_up(self, store: Store, error: OtherBuildError | JournalError) -> None:
+        """The coordinator may choose another backup; the parts that this process serves must not go with this one."""
+        damaged = f"what {self.order.partner.shard if self.order.partner else 'the primary'} sent cannot be used: "
+        self._failed = why = f"{damaged if isinstance(error, JournalError) else ''}{error}"
         store.drop()
         log("backup-impossible", level="error", part=self.name, reason=why)
 
@@ -150,8 +152,8 @@ class Standby:
         before = store.trouble
         try:
             store.look_after()
-        except OtherBuildError as error:
-            self._give_up(store, str(error))
+        except (OtherBuildError, JournalError) as error:
+            self._give_up(store, error)
         except OSError as error:
             log("backup-put-off", level="warning", part=self.name, reason=error)
             store.drop()
