@@ -98,7 +98,15 @@ def _watch(cluster: LocalCluster, home: Home, record: Record, stop: StopRequest)
     while not stop.wait(LOOK_SECONDS):
         for happening in supervision.look():
             record = noted(record, happening, datetime.now(UTC))
-            home.write(record)
+            _write(home, record)
+
+
+def _write(home: Home, record: Record) -> None:
+    """A full disk costs the note, not the cluster; the next one says it all again."""
+    try:
+        home.write(record)
+    except OSError as error:
+        log("record-not-written", level="warning", path=home.record_path, reason=error)
 
 
 def noted(record: Record, happening: Happening, now: datetime) -> Record:

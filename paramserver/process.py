@@ -26,12 +26,18 @@ def identify(role: str, name: str) -> None:
 
 
 def log(event: str, level: str = "info", **fields: object) -> None:
-    """Write one event as one line to standard error: time, level, role, name, event, then the fields."""
+    """Write one event as one line to standard error: time, level, role, name, event, then the fields.
+
+    A line that cannot be written is lost, and its process goes on: where a disk is full, that is what it has to tell.
+    """
     stamp = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     head = {"level": level, **_identity, "event": event, **fields}
     line = " ".join(f"{key}={_value(value)}" for key, value in head.items())
-    sys.stderr.write(f"{stamp} {line}\n")
-    sys.stderr.flush()
+    try:
+        sys.stderr.write(f"{stamp} {line}\n")
+        sys.stderr.flush()
+    except OSError:
+        pass
 
 
 def _value(value: object) -> str:

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,18 @@ def test_a_log_line_is_one_line_of_fields_that_split_again(capsys: pytest.Captur
 def test_an_empty_value_is_visible_in_a_log_line(capsys: pytest.CaptureFixture[str]) -> None:
     process.log("stopped", reason="")
     assert 'reason=""' in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_line_that_finds_no_room_is_lost_and_its_process_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logs and journals are on one disk, as a rule: a shard whose journal finds no room must be able to wait for it."""
+    full = open("/dev/full", "w", encoding="utf-8", buffering=1)
+    monkeypatch.setattr(sys, "stderr", full)
+    with pytest.raises(OSError, match="No space left"):
+        full.write("a line\n")
+    process.log("journal", level="error", state="cannot write")
+    with suppress(OSError):  # what it still holds
+        full.close()
 
 
 def test_the_first_reason_to_stop_is_kept() -> None:

@@ -16,6 +16,7 @@ import yaml
 from msgspec import structs
 
 from paramserver.coordinator.checkpoints.files import CheckpointFiles, numbers
+from paramserver.coordinator.checkpoints.keeper import CheckpointKeeper
 from paramserver.coordinator.checkpoints.manifest import (
     FILE_NAME,
     FORMAT,
@@ -33,6 +34,7 @@ from paramserver.coordinator.checkpoints.reading import (
     runs_of,
 )
 from paramserver.coordinator.checkpoints.resume import Resume, resumed_from, to_document
+from paramserver.coordinator.effects import SealCheckpoint, StorePiece
 from paramserver.job import Job, parse_job
 from paramserver.protocol.layout import Parameter, cut_layout
 from paramserver.protocol.messages import PartOrder
@@ -187,6 +189,30 @@ def test_a_checkpoint_is_there_under_its_number_or_not_at_all(tmp_path: Path, mo
     assert numbers(tmp_path / "job" / "checkpoints") == []
     take(tmp_path, number=2)
     assert sorted(path.name for path in (tmp_path / "job" / "checkpoints").iterdir()) == ["2"], "what was aside is gone"
+
+
+def test_a_checkpoint_with_a_piece_that_was_not_written_is_not_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be there, damaged, and an older one would go for it."""
+    good = take(tmp_path, keep=1)
+    manifest = decode_manifest((good / FILE_NAME).read_bytes(), "here")
+    told: list[tuple[str, int, str]] = []
+    keeper = CheckpointKeeper(tmp_path, lambda job, kind: None, lambda *over: told.append(over))
+
+    def refuse(*of: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointFiles, "store", refuse)
+        keeper.touch(StorePiece("job", 2, "part-0.safetensors", 0, memoryview(b"half")))
+    for kept_file in manifest.files:
+        keeper.touch(StorePiece("job", 2, kept_file.file, 0, memoryview((good / kept_file.file).read_bytes())))
+    keeper.touch(SealCheckpoint("job", 2, manifest, 1))
+    keeper.close()
+    ((job, number, why),) = told
+    assert (job, number, "No space left on device" in why) == ("job", 2, True)
+    assert numbers(tmp_path / "job" / "checkpoints") == [1]
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

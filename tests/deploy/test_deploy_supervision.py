@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from deploy.api import Api, ApiError
-from deploy.home import MOST_DEATHS, Record
+from deploy.home import MOST_DEATHS, Home, Record
 from deploy.local import Death, LocalCluster
 from deploy.supervision import Happening, RestartRule, Supervision
-from deploy.supervisor import noted
+from deploy.supervisor import _watch, noted
+from paramserver.process import StopRequest
 
 Make = Callable[..., LocalCluster]
 Poll = Callable[..., Any]
@@ -164,6 +165,19 @@ def test_the_record_of_a_death_says_what_became_of_it(cluster: FakeCluster) -> N
     for _ in range(MOST_DEATHS):
         record = noted(record, Happening(death, "died", ""), now)
     assert len(record.deaths) == MOST_DEATHS
+
+
+def test_a_record_that_finds_no_room_ends_no_cluster(
+    cluster: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes die when a disk is full: that is no time to end the others for a note."""
+    home, stop, turns = Home(tmp_path / "no folder"), StopRequest(), iter([False, False, True])
+    monkeypatch.setattr(stop, "wait", lambda seconds: next(turns))
+    with pytest.raises(OSError, match="No such file"):
+        home.write(Record(1, "ready"))
+    cluster.die()
+    _watch(cluster, home, Record(1, "ready"), stop)  # type: ignore[arg-type]
+    assert next(turns, None) is None
 
 
 @pytest.mark.timeout(240)

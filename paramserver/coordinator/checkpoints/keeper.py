@@ -36,6 +36,7 @@ class CheckpointKeeper:
         self._document = document
         self._over = over
         self._sealing: list[Thread] = []
+        self._refused: tuple[str, int] | None = None  # a checkpoint of which a piece could not be written
         self._open: tuple[str, Checkpoint] | None = None  # of the job that goes on from it
 
     def close(self) -> None:
@@ -51,9 +52,12 @@ class CheckpointKeeper:
                 try:
                     files.store(effect.number, effect.file, effect.offset, effect.data)
                 except OSError as error:
+                    self._refused = effect.job, effect.number
                     self._over(effect.job, effect.number, _refused(files, error))
             case DropCheckpoint():
                 files.drop(effect.number)
+            case SealCheckpoint() if (effect.job, effect.number) == self._refused:
+                pass  # its last piece came before the core had heard of that one, whose place is a hole
             case SealCheckpoint():
                 self._sealing = [thread for thread in self._sealing if thread.is_alive()]
                 self._sealing.append(Thread(target=self._seal, args=(files, effect), name="checkpoint"))
