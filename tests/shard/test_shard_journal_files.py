@@ -279,6 +279,20 @@ def test_one_process_holds_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyP
     again.close()
 
 
+def test_the_journal_of_an_earlier_job_of_the_same_id_is_not_gone_on_with(tmp_path: Path) -> None:
+    """A coordinator with a fresh store gives ids again, and incarnations: new updates would pass for duplicates."""
+    _, journal = JournalHome(tmp_path, "shard-0").open(make_order("journal"))
+    journal.commit()
+    journal.close()
+    begins = make_order("journal")
+    assert begins.term == 1
+    with pytest.raises(JournalError, match=r"of an earlier job 'job'.*move the folder away"):
+        JournalHome(tmp_path, "shard-0").open(begins)
+    goes_on = msgspec.structs.replace(begins, term=2)
+    _, again = JournalHome(tmp_path, "shard-0").open(goes_on)
+    again.close()
+
+
 def test_only_the_last_job_is_kept(tmp_path: Path) -> None:
     home = JournalHome(tmp_path, "shard-0")
     for job in ("first", "second"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -226,5 +227,5 @@ def test_a_job_that_is_dropped_lets_go_of_its_journal(running: Any, tmp_path: Pa
     shard.begin()
     shard.order = None
     shard.until("the job to be dropped", lambda: shard.report.job == "")
-    _, journal = JournalHome(tmp_path, "shard-0").open(make_order("journal"))
+    _, journal = JournalHome(tmp_path, "shard-0").open(msgspec.structs.replace(make_order("journal"), term=2))
     journal.close()
