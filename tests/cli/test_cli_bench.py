@@ -259,7 +259,8 @@ def test_a_rate_with_backups_stores_every_record_twice(processes: Processes) -> 
     rate = exchange.measure(exchange.Setting(elements, 3, 2, 0.2, INT8_BF16, log="journal", backups=1))
     for shard in rate.shards:
         assert shard["record"] >= rate.cycles  # the pushes of all workers, and what the timer published
-        assert shard["stored"] == shard["record"]
+        # What the timer publishes at the end may be on its way still; what was acknowledged is stored.
+        assert shard["stored"] >= rate.cycles
 
 
 def test_a_setting_that_no_job_may_have_starts_no_process(processes: Processes) -> None:
