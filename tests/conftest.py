@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def _marked(mark: str) -> list[psutil.Process]:
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[psutil.Process]]]:
     """The processes that this test has started and that live. Afterwards there may be none."""
+    resource_tracker.ensure_running()  # else the first test that spawns would start it, and it outlives the test
     mark = uuid.uuid4().hex
     monkeypatch.setenv(MARK, mark)
     yield lambda: _marked(mark)

@@ -199,11 +199,8 @@ class _Socket:
 
     def _monitor_events(self) -> Iterator[tuple[int, int]]:
         while cast(int, self._monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            try:
-                event, value = struct.unpack("=Hi", self._monitor.recv(zmq.NOBLOCK))
-                self._monitor.recv(zmq.NOBLOCK)  # the endpoint
-            except (zmq.Again, struct.error):
-                return  # a report that another thread asked for has read it in between
+            event, value = struct.unpack("=Hi", self._monitor.recv(zmq.NOBLOCK))
+            self._monitor.recv(zmq.NOBLOCK)  # the endpoint
             yield event, value
 
     def _send_parts(self, first: Buffer, rest: Sequence[Buffer]) -> Sending:

@@ -230,8 +230,8 @@ class ShardCore:
     def _encoding_of(serving: Serving, update: BlockUpdate) -> Encoding:
         encoding = serving.encoding_of(update)
         if encoding is None:
-            usual = serving.push_encodings[update.block].identifier
-            detail = f"block {update.block}: found {update.encoding!r}, this job takes {usual} and fp32"
+            taken = " or ".join(serving.taken_encodings(update.block))
+            detail = f"block {update.block}: found {update.encoding!r}, this job takes {taken}"
             raise Refused("unknown-encoding", detail)
         return encoding
 

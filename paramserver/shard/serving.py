@@ -118,6 +118,11 @@ class Serving:
             return settling
         return self.fp32 if update.encoding == self.fp32.identifier else None
 
+    def taken_encodings(self, block: int) -> list[str]:
+        """What a push may bring of a block: the job's encoding, that of first updates, that of flushed residuals."""
+        members = (self.push_encodings[block], self.settling_encodings[block], self.fp32)
+        return list(dict.fromkeys(member.identifier for member in members))
+
     def note(self, record: AnyRecord, frames: Sequence[Bytes] = ()) -> None:
         """Write what was decided, where the job has a journal."""
         if self.journal is not None:

@@ -23,7 +23,8 @@ from paramserver.cli.bench.crew import START_SECONDS, Child, Crew, Line, Measure
 from paramserver.cli.errors import InputError
 
 if TYPE_CHECKING:
-    from paramserver.protocol.messages import PartAddress, PartOrder, ShardReport
+    from paramserver.protocol.messages import Message, PartAddress, PartOrder, ShardReport
+    from paramserver.protocol.transport import Listener, Received
     from worker.attached import Attached
 
 LOOPBACK = "tcp://127.0.0.1:0"
@@ -208,8 +209,7 @@ def serve_shard(
 
     from paramserver.job import Job
     from paramserver.process import StopRequest, identify
-    from paramserver.protocol.messages import PartOrder, Register, Registered
-    from paramserver.protocol.transport import Received
+    from paramserver.protocol.messages import PartOrder, Register
     from paramserver.protocol.zeromq import ZeroMQTransport
     from paramserver.shard.core import ShardCore
     from paramserver.shard.journal.home import JournalHome
@@ -232,7 +232,7 @@ def serve_shard(
     stop = StopRequest()
     # One a thread. Where `listen` is beyond loopback it is in network namespaces that nobody else is in.
     transport, others = ZeroMQTransport(is_insecure=True), ZeroMQTransport()
-    coordinator = others.listen(LOOPBACK)
+    coordinator = ReportReader(others.listen(LOOPBACK))
     introduction = Register(role="shard", name=name, pid=os.getpid())
     home = None if job.durability.log == "none" else JournalHome(Path(state), name)
     server = ShardServer(transport, listen, coordinator.address, introduction, home)
@@ -242,12 +242,9 @@ def serve_shard(
         server.follow(_ring_orders(order, line.hear()))
 
     def answer() -> None:
-        if isinstance(received := coordinator.receive(START_SECONDS), Received):
-            never = Registered(incarnation=INCARNATION, heartbeat_seconds=NEVER_SECONDS, session_seconds=NEVER_SECONDS)
-            coordinator.send(received.peer, never)
-        # The counters are read while nothing is exchanged.
+        coordinator.begin()
         while line.hear() == REPORT:
-            line.say(_figures(server.report(), imported))
+            line.say(_figures(coordinator.read(), imported))
         stop.set("the measurement is over")
 
     answering = Thread(target=answer, daemon=True)
@@ -256,6 +253,46 @@ def serve_shard(
     answering.join()
     transport.close()
     others.close()
+
+
+class ReportReader:
+    """In a coordinator's place: a shard's reports when they are wanted, made by its own thread as always.
+
+    A shard beats as soon as it is told that it is registered, and by these words not again for very long.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self.address = listener.address
+        self._listener = listener
+        self._peer = b""
+
+    def begin(self) -> None:
+        """Answer the shard's first words. Raises MeasurementError where it says none."""
+        from paramserver.protocol.messages import Register
+
+        self._peer = self._await(Register).peer
+        self.read()
+
+    def read(self) -> ShardReport:
+        """A report of now. Raises MeasurementError where the shard falls silent."""
+        from paramserver.protocol.messages import Heartbeat, Registered, ShardReport
+
+        while self._listener.receive(0) is not None:
+            pass  # it also beats when something has changed: those are reports of then
+        never = Registered(incarnation=INCARNATION, heartbeat_seconds=NEVER_SECONDS, session_seconds=NEVER_SECONDS)
+        self._listener.send(self._peer, never)
+        beat = self._await(Heartbeat).message
+        assert isinstance(beat, Heartbeat)
+        assert isinstance(beat.report, ShardReport)
+        return beat.report
+
+    def _await(self, kind: type[Message]) -> Received:
+        from paramserver.protocol.transport import Received
+
+        while isinstance(received := self._listener.receive(START_SECONDS), Received):
+            if isinstance(received.message, kind):
+                return received
+        raise MeasurementError(f"a shard has said nothing for {START_SECONDS:.0f} s")
 
 
 def _ring_orders(own: PartOrder, ring: Sequence[tuple[str, tuple[int, ...], str]]) -> tuple[PartOrder, PartOrder]:
